@@ -1,0 +1,41 @@
+"""What every test may use: the smallest CogVideoX, made once per run, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mm_lightning.tiny import make_tiny
+
+# Small enough for a forward pass in milliseconds: 32x32 pictures, two blocks with an adapter and two without.
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "time_embed_dim": 16,
+    "text_embed_dim": 32,
+    "max_text_seq_length": 32,
+    "sample_height": 4,
+    "sample_width": 4,
+    "sample_frames": 9,
+    "vae_channels": 8,
+    "image_encoder_dim": 16,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CogVideoX-5B in miniature (RoPE, patch 2) in diffusers' layout; never write into it."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "cogvideox", **SMALL)
+
+
+@pytest.fixture(scope="session")
+def tiny_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CogVideoX-2B in miniature: sin-cos positions, no RoPE."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "cogvideox_2b", **SMALL, use_rotary_positional_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_1_5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CogVideoX-1.5 in miniature: patches of two latent frames."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "cogvideox_1_5", **SMALL, patch_size_t=2)
