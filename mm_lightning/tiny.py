@@ -144,12 +144,12 @@ def make_tiny(
     time_embed_dim: int = 64,
     text_embed_dim: int = 64,
     max_text_seq_length: int = 64,
-    sample_height: int = 16,
-    sample_width: int = 16,
+    sample_height: int = 12,
+    sample_width: int = 12,
     sample_frames: int = 9,
     patch_size_t: int | None = None,
     use_rotary_positional_embeddings: bool = True,
-    vae_channels: int = 16,
+    vae_channels: int = 8,
     image_encoder_dim: int = 32,
     image_size: int = 32,
 ) -> Path:
@@ -157,7 +157,8 @@ def make_tiny(
 
     Names and units are those of diffusers' transformer config: `sample_height` and `sample_width` in latent pixels
     (8 picture pixels each), `sample_frames` in frames of the video. `patch_size_t=2` makes a CogVideoX-1.5,
-    `use_rotary_positional_embeddings=False` a 2B, the defaults a 5B. `image_size` is in pixels, in patches of 8.
+    `use_rotary_positional_embeddings=False` a 2B, the defaults a 5B. `attention_head_dim` is a multiple of 16, as RoPE
+    splits it in 1:1.5:1.5, `vae_channels` of 4, `image_size` in pixels of 8.
 
     A complete folder of the same settings is kept, one of other settings is replaced, in one rename.
     Raises FileExistsError if `folder` holds anything that was not written by this function.

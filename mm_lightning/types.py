@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,11 @@ class IdentityCondition(NamedTuple):
     prompt_embeds: Tensor  # (B, T, D_txt), identity fused in at the class word
     face_hidden_states: Tensor | None  # (B, N, D)
     id_embed: Tensor | None  # (B, c1)
+
+    def attention_kwargs(self, num_copies: int = 1) -> dict[str, Tensor]:
+        """What the transformer takes; guidance wants a copy for each half of its batch."""
+        tensors = {"face_hidden_states": self.face_hidden_states, "id_embed": self.id_embed}
+        return {name: torch.cat([tensor] * num_copies) for name, tensor in tensors.items() if tensor is not None}
 
 
 class Batch(NamedTuple):
@@ -68,3 +74,12 @@ class LossOutput(NamedTuple):
     total: Tensor  # (B,)
     terms: dict[str, Tensor]  # name -> (B,), unweighted
     counts: dict[str, Tensor]  # name -> scalar, how often something noteworthy happened
+
+
+class Preview(NamedTuple):
+    """What a look at a running training shows; pictures are RGB in [-1, 1]."""
+
+    prompt: str
+    reference: Tensor  # (3, S, S)
+    video: Tensor  # (F, 3, H, W), generated
+    denoised: Tensor | None  # (F, 3, H, W), the decoded estimate of a noised target

@@ -24,6 +24,12 @@ SMALL = {
 
 
 @pytest.fixture(scope="session")
+def small_settings() -> dict[str, int]:
+    """Arguments of `make_tiny` for the folders below."""
+    return dict(SMALL)
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CogVideoX-5B in miniature (RoPE, patch 2) in diffusers' layout; never write into it."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "cogvideox", **SMALL)

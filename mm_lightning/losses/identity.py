@@ -1,0 +1,80 @@
+"""The identity loss: how far the generated face is from the reference person, as a face recogniser sees it.
+
+Letters: B batch, R references per sample, E width of the recogniser's embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm_lightning.types import NoisySample
+
+
+class IdentityLoss(nn.Module):
+    """alpha_bar * (1 - cos(F_id(reference), F_id(D(x0_hat)))), the paper's second loss, per sample and in fp32.
+
+    One step's estimate of the clean latents shows a face only where little noise was added: above `max_timestep` the
+    term does not apply, below it alpha_bar weighs it by the share of signal.
+
+    Args:
+        max_timestep: the term applies to timesteps below this.
+
+    Raises:
+        ValueError: max_timestep is not positive, so that the term would never apply.
+    """
+
+    def __init__(self, max_timestep: int = 600) -> None:
+        super().__init__()
+        if max_timestep <= 0:
+            raise ValueError(
+                f"max_timestep must be positive, not {max_timestep}: the identity loss would never apply. "
+                "To train without it use NullIdentityLoss."
+            )
+        self.max_timestep = max_timestep
+
+    def wanted(self, sample: NoisySample) -> Tensor:
+        """Which samples need their face decoded: (B,) bool."""
+        return sample.timestep < self.max_timestep
+
+    def forward(self, pred_embed: Tensor, ref_embed: Tensor, sample: NoisySample, valid: Tensor) -> Tensor:
+        """
+        Args:
+            pred_embed, ref_embed: (B, E), of any length.
+            valid: (B,) bool, False where no face could be decoded.
+
+        Returns:
+            (B,) in [0, 2], NaN where the term does not apply.
+        """
+        pred_embed, ref_embed = pred_embed.float(), ref_embed.float()
+        with torch.autocast(pred_embed.device.type, enabled=False):
+            distance = 1.0 - F.cosine_similarity(pred_embed, ref_embed, dim=-1)
+        loss = sample.alpha_bar.float() * distance
+        return torch.where(self.wanted(sample) & valid, loss, torch.nan)
+
+
+class NullIdentityLoss(IdentityLoss):
+    """No identity loss: takes `IdentityLoss`'s place, wants no face decoded, gives NaN for every sample."""
+
+    def wanted(self, sample: NoisySample) -> Tensor:
+        """(B,) all False."""
+        return torch.zeros_like(sample.timestep, dtype=torch.bool)
+
+
+def average_reference_embedding(embeddings: Tensor, reference_mask: Tensor) -> Tensor:
+    """Average the embeddings of several reference pictures of one person.
+
+    Each is normalised first, so that every picture has the same say: the raw length grows with the quality of the
+    picture, not with how well it shows the person. The loss looks at the direction only.
+
+    Args:
+        embeddings: (B, R, E), raw.
+        reference_mask: (B, R) bool.
+
+    Returns:
+        (B, E) fp32; zeros where a sample has no reference.
+    """
+    weights = reference_mask.unsqueeze(-1).float()
+    directions = F.normalize(embeddings.float(), dim=-1) * weights
+    return directions.sum(1) / weights.sum(1).clamp(min=1.0)
