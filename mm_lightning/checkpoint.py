@@ -124,17 +124,6 @@ def require_complete(path: str | Path) -> None:
         )
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a training checkpoint holds, read lazily and without running code; of a folder all but sharded tensors.
-
-    Cheap enough to compare what the LightningModule recorded before anything large is loaded; see `require_complete`
-    for the errors.
-    """
-    require_complete(path)
-    path = Path(path)
-    return torch.load(path / METADATA_FILE if path.is_dir() else path, mmap=True, map_location="cpu", weights_only=True)
-
-
 def replace_path(partial: Path, final: Path) -> None:
     """Move a finished file or folder to its place; what stood there stays whole until then."""
     old = final.with_name(f".{final.name}.old")

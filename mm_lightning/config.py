@@ -38,8 +38,15 @@ def accumulation(global_batch_size: int, batch_size: int, devices: int | str | l
     return steps
 
 
+def micro_batch(global_batch_size: int, devices: int | str | list[int], num_nodes: int, at_most: int) -> int:
+    """The largest batch per device, up to `at_most`, of which the global batch is a multiple; 1 where there is none."""
+    per_device = global_batch_size // count_devices(devices, num_nodes)
+    return max((size for size in range(1, at_most + 1) if per_device % size == 0 and size <= per_device), default=1)
+
+
 def register_resolvers() -> None:
-    """`${accumulation:...}` and `${micro_batches:steps,accumulation}` for conf/."""
+    """`${accumulation:...}`, `${micro_batch:...}` and `${micro_batches:steps,accumulated}` for conf/."""
+    OmegaConf.register_new_resolver("micro_batch", micro_batch, replace=True)
     OmegaConf.register_new_resolver("accumulation", accumulation, replace=True)
     OmegaConf.register_new_resolver("micro_batches", lambda steps, accumulated: steps * accumulated, replace=True)
 

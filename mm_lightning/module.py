@@ -21,10 +21,12 @@ from mm_lightning.adapters.transformer import AdapterConfig, MagicMirrorTransfor
 from mm_lightning.adapters.weights import check_same, load_adapter_state, read_adapter_config, save_adapter
 from mm_lightning.backbone import Backbone, check_base, read_base_id
 from mm_lightning.checkpoint import (
+    METADATA_FILE,
     check_checkpoint,
     filter_checkpoint,
     gather_tensors,
     load_trainable,
+    require_complete,
     trainable_state_dict,
 )
 from mm_lightning.diffusion import Diffusion
@@ -35,7 +37,7 @@ from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder, drop_text
 from mm_lightning.face_decoder import FaceDecoder
 from mm_lightning.losses.identity import average_reference_embedding
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
-from mm_lightning.strategy import METADATA_FILE, require_complete, shard_module
+from mm_lightning.strategy import shard_module
 from mm_lightning.types import Batch, FaceFeatures, IdentityCondition, LossOutput, NoisySample, Preview, TextFeatures
 
 TIMESTEP_BINS = 4

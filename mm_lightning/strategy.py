@@ -216,10 +216,7 @@ class TrainableModelParallelStrategy(ModelParallelStrategy):
     def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         load_trainable(self.model, checkpoint.pop("state_dict"))
-        if self.optimizers and "optimizer_states" not in checkpoint:
-            raise ValueError(
-                f"{path} holds weights only, without the optimizer's state: training cannot resume from it."
-            )
+        self._require_optimizer("optimizer_states" in checkpoint, path)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _ids_to_names(state, optimizer, self.model)
             set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(full_state_dict=True))

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch.distributed.checkpoint import FileSystemReader
 
 from callbacks.ema import TrainableEMA
-from mm_lightning.checkpoint import read_checkpoint, require_complete, trainable_state_dict
+from mm_lightning.checkpoint import require_complete, trainable_state_dict
 from mm_lightning.strategy import TrainableModelParallelStrategy, shard_module
 from tests.toy import TRAINABLE, PlainRun, ToyModule, assert_same, loader, make_trainer, plain_run
 
@@ -128,13 +129,6 @@ def test_interrupted_folder_is_refused(folder: Path, runs: dict[str, dict[str, A
         require_complete(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_full"])
-def test_record_is_read_without_a_model(folder: Path, runs: dict[str, dict[str, Any]], name: str) -> None:
-    checkpoint = read_checkpoint(folder / name / "step=2.ckpt")
-    assert checkpoint["global_step"] == 2
-    assert checkpoint["callbacks"]["NonFiniteGuard"] == {"num_skipped": 0, "num_consecutive": 0}
-
-
 @pytest.mark.parametrize("name", ["fsdp", "fsdp_full"])
 def test_validation_of_a_checkpoint_sees_averages(
     folder: Path, runs: dict[str, dict[str, Any]], one_process_group: None, name: str
@@ -194,6 +188,19 @@ def test_checkpoint_of_another_preset_is_refused(
     trainer = make_trainer(folder, 4, strategy=TrainableModelParallelStrategy())
     with pytest.raises(ValueError, match=r"3 unexpected: net\.blocks\.2\.adapter\.down\.weight"):
         trainer.fit(Narrow(), loader(), ckpt_path=folder / name / "step=2.ckpt")
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_weights_alone_do_not_resume(tmp_path: Path, one_process_group: None, sharded: bool) -> None:
+    def trainer(num_steps: int) -> Trainer:
+        strategy = TrainableModelParallelStrategy(save_distributed_checkpoint=sharded)
+        return make_trainer(tmp_path, num_steps, strategy=strategy)
+
+    writer = trainer(1)
+    writer.fit(ToyModule(), loader())
+    writer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"weights\.ckpt holds weights only"):
+        trainer(2).fit(ToyModule(), loader(), ckpt_path=tmp_path / "weights.ckpt")
 
 
 @pytest.mark.parametrize(("size", "message"), [(0, "at least 1"), (2, "does not divide the 1 processes")])
