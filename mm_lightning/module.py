@@ -391,10 +391,11 @@ class MagicMirrorModule(LightningModule):
 
 
 def describe_factory(factory: Callable[..., nn.Module]) -> dict[str, Any]:
-    """{"_target_": name, argument: value, ...} of a class or a partial of one."""
+    """{"_target_": name, argument: value, ...} of a class or a partial of one, without where its weights lay."""
     function = factory.func if isinstance(factory, partial) else factory
     arguments = factory.keywords if isinstance(factory, partial) else {}
-    return {"_target_": f"{function.__module__}.{function.__qualname__}", **arguments}
+    sizes = {name: value for name, value in arguments.items() if name != "path"}
+    return {"_target_": f"{function.__module__}.{function.__qualname__}", **sizes}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mm_lightning.prepare.samples import main as prepare_samples
 from mm_lightning.tiny import make_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Small enough for a forward pass in milliseconds: 32x32 pictures, two blocks with an adapter and two without.
 SMALL = {
@@ -45,3 +48,11 @@ def tiny_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_1_5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CogVideoX-1.5 in miniature: patches of two latent frames."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "cogvideox_1_5", **SMALL, patch_size_t=2)
+
+
+@pytest.fixture(scope="session")
+def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the real pictures and the real clip that packages ship; never write into it."""
+    folder = tmp_path_factory.mktemp("samples")
+    prepare_samples(["--out", str(folder)])
+    return folder

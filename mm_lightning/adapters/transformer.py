@@ -219,10 +219,12 @@ class MagicMirrorTransformer3DModel(CogVideoXTransformer3DModel):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Exactly what trains: names in this model -> parameters.
 
-        All that is new but the last face norm2: the face stream ends there.
+        All that is new but the face stream's norm2 where nothing reads what comes after it: in the last adapted block,
+        where the stream ends, and everywhere if its gates are constantly zero.
         """
-        last = (len(self.transformer_blocks) - 1) // 2 * 2
-        dead = f"transformer_blocks.{last}.adapter.face.norm2."
+        constant = self.adapter_config.face_norm == "constant"
+        unread = range(0, len(self.transformer_blocks), 2)[0 if constant else -1 :]
+        dead = tuple(f"transformer_blocks.{i}.adapter.face.norm2." for i in unread)
         return {n: p for n, p in self.named_parameters() if ".adapter." in n and not n.startswith(dead)}
 
     def forward(

@@ -274,7 +274,7 @@ def test_face_scale_weakens_can_and_cross_attention():
         (
             AdapterConfig(6, 10, face_norm="constant"),
             ["face_hidden_states", "id_embed"],
-            [n for n in FACE_NAMES if "modulation" not in n] + CAN_NAMES,
+            [n for n in FACE_NAMES if "modulation" not in n and "norm2" not in n] + CAN_NAMES,
         ),
     ],
 )
