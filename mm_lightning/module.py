@@ -164,7 +164,7 @@ class MagicMirrorModule(LightningModule):
         self.face_decoder = None
         if backbone.vae is not None:
             self.face_decoder = FaceDecoder(backbone.vae, load_recognizer(self.loss_recognizer))
-        self.select_trainable()
+        select_trainable(self.transformer, self.front_end, self.frozen)
         if self.init_adapter is not None:
             load_trainable(self, load_adapter_state(self.init_adapter, set(trainable_state_dict(self))))
         if self.gradient_checkpointing:
@@ -190,16 +190,6 @@ class MagicMirrorModule(LightningModule):
             dim=config.num_attention_heads * config.attention_head_dim,
             id_embed_dim=self.adapter_config.id_embed_dim,
         )
-
-    def select_trainable(self) -> None:
-        """Adapter and front-end train, in fp32; everything else is frozen."""
-        trainable = set(self.transformer.adapter_parameters())
-        for name, parameter in self.transformer.named_parameters():
-            parameter.requires_grad_(name in trainable)
-            if name in trainable:
-                parameter.data = parameter.data.float()
-        for part in self.frozen:
-            getattr(self.front_end, part).requires_grad_(False)
 
     def shard(self) -> None:
         """FSDP2 over the device mesh: a unit per transformer block and per T5 block, one for the front-end."""
@@ -388,6 +378,20 @@ class MagicMirrorModule(LightningModule):
     def check_resume(self, path: str | Path) -> None:
         """Before anything large loads: raise ValueError if a training checkpoint belongs to another model."""
         self.check_record(path, read_record(path))
+
+
+def select_trainable(
+    transformer: MagicMirrorTransformer3DModel, front_end: IdentityEncoder, frozen: Sequence[str]
+) -> None:
+    """Adapter and front-end train, in fp32, but for the front-end's `frozen` parts; the base does not."""
+    trainable = set(transformer.adapter_parameters())
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(name in trainable)
+        if name in trainable:
+            parameter.data = parameter.data.float()
+    front_end.requires_grad_(True)
+    for part in frozen:
+        getattr(front_end, part).requires_grad_(False)
 
 
 def describe_factory(factory: Callable[..., nn.Module]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from mm_lightning.backbone import check_base, read_json
 from mm_lightning.encoders.identity import IdentityEncoder
 from mm_lightning.encoders.iresnet import IResNet
 from mm_lightning.encoders.perceiver import IdentityPerceiver
+from mm_lightning.module import select_trainable
 from mm_lightning.types import FaceFeatures, TextFeatures
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -203,7 +204,9 @@ def build_networks(model: DictConfig, configs: BaseConfigs) -> Networks:
             id_embed_dim=adapter.id_embed_dim,
         ),
     )
-    select_trainable(networks, model.frozen)
+    for network in networks:
+        network.requires_grad_(False)
+    select_trainable(networks.transformer, networks.front_end, model.frozen)
     return networks
 
 
@@ -212,17 +215,6 @@ def without_weights(factory: Callable[..., nn.Module]) -> Callable[..., nn.Modul
     if not isinstance(factory, partial) or factory.func != IdentityPerceiver.from_photomaker:
         return factory
     return partial(IdentityPerceiver, **{name: size for name, size in factory.keywords.items() if name != "path"})
-
-
-def select_trainable(networks: Networks, frozen: Iterable[str]) -> None:
-    """The rule of `MagicMirrorModule.select_trainable`: adapter and front-end train, but for its frozen parts."""
-    for network in networks:
-        network.requires_grad_(False)
-    for parameter in networks.transformer.adapter_parameters().values():
-        parameter.requires_grad_(True)
-    networks.front_end.requires_grad_(True)
-    for part in frozen:
-        getattr(networks.front_end, part).requires_grad_(False)
 
 
 # Counting -----------------------------------------------------------------------------------------------------------
