@@ -5,22 +5,31 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mm_lightning.config import check_config, log_hyperparameters, mark_latest, register_resolvers
+from mm_lightning.config import (
+    check_config,
+    check_devices,
+    log_hyperparameters,
+    mark_latest,
+    register_resolvers,
+    short_errors,
+)
 
 register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def train(cfg: DictConfig) -> None:
-    check_config(cfg)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = instantiate(cfg.data)  # looks at the shards and reads none
-    module = instantiate(cfg.model)  # looks at every path and loads none
-    if cfg.ckpt_path is not None:
-        module.check_resume(cfg.ckpt_path)
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    loggers = [instantiate(logger) for logger in cfg.logger.values()]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    with short_errors():
+        check_config(cfg)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        datamodule = instantiate(cfg.data)  # looks at the shards and reads none
+        module = instantiate(cfg.model)  # looks at every path and loads none
+        if cfg.ckpt_path is not None:
+            module.check_resume(cfg.ckpt_path)
+        callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+        loggers = [instantiate(logger) for logger in cfg.logger.values()]
+        trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+        check_devices(trainer, cfg)
     log_hyperparameters(trainer, cfg)
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     mark_latest(cfg.paths.run_dir)

@@ -1,24 +1,53 @@
-"""What `conf/` needs beside YAML: resolvers, checks across values, hyper-parameters for the log."""
+"""What `conf/` needs beside YAML: resolvers, checks across values, short errors, hyper-parameters for the log.
+
+`python -m mm_lightning.config outputs` prints where the newest results lie.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import CompactHydraException, InstantiationException
 from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+from torch.utils.tensorboard.summary import hparams
+
+# The precision in which the trained part stays in fp32, for each type of the frozen base.
+PRECISIONS = {"float32": None, "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+# Devices and batches --------------------------------------------------------------------------------------------------
 
 
 def count_devices(devices: int | str | list[int], num_nodes: int = 1) -> int:
-    """What Lightning will make of `trainer.devices`, over all nodes."""
-    if str(devices) in ("auto", "-1"):
-        per_node = max(torch.cuda.device_count(), 1)
-    elif isinstance(devices, str) and "," in devices:
-        per_node = len(devices.split(","))
-    else:
-        per_node = int(devices) if isinstance(devices, int | str) else len(devices)
+    """What Lightning will make of `trainer.devices`, over all nodes.
+
+    Raises:
+        ValueError: no device, or something that names none.
+    """
+    try:
+        if str(devices) in ("auto", "-1"):
+            per_node = max(torch.cuda.device_count(), 1)
+        elif isinstance(devices, str) and "," in devices:
+            per_node = len([name for name in devices.split(",") if name.strip()])
+        else:
+            per_node = int(devices) if isinstance(devices, int | str) else len(devices)
+    except ValueError:
+        per_node = 0
+    if per_node < 1 or num_nodes < 1:
+        raise ValueError(
+            f"trainer.devices={devices} on trainer.num_nodes={num_nodes} is no device: give a number from 1, a list of "
+            "indices such as [0,1], or auto."
+        )
     return per_node * num_nodes
 
 
@@ -38,29 +67,62 @@ def accumulation(global_batch_size: int, batch_size: int, devices: int | str | l
     return steps
 
 
-def micro_batch(global_batch_size: int, devices: int | str | list[int], num_nodes: int, at_most: int) -> int:
+def device_batch(global_batch_size: int, devices: int | str | list[int], num_nodes: int, at_most: int) -> int:
     """The largest batch per device, up to `at_most`, of which the global batch is a multiple; 1 where there is none."""
     per_device = global_batch_size // count_devices(devices, num_nodes)
     return max((size for size in range(1, at_most + 1) if per_device % size == 0 and size <= per_device), default=1)
 
 
 def register_resolvers() -> None:
-    """`${accumulation:...}`, `${micro_batch:...}` and `${micro_batches:steps,accumulated}` for conf/."""
-    OmegaConf.register_new_resolver("micro_batch", micro_batch, replace=True)
+    """`${accumulation:...}`, `${device_batch:...}`, `${micro_batches:steps,accumulated}`, `${folder_name:...}`."""
+    OmegaConf.register_new_resolver("device_batch", device_batch, replace=True)
     OmegaConf.register_new_resolver("accumulation", accumulation, replace=True)
     OmegaConf.register_new_resolver("micro_batches", lambda steps, accumulated: steps * accumulated, replace=True)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def folder_name(text: str, max_length: int = 100) -> str:
+    """One folder's name out of any text, such as the overrides of a run: no slash, and no longer than systems take."""
+    return re.sub(r"[^\w.,=+-]+", "-", text)[:max_length].strip("-")
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+class UserError(CompactHydraException):
+    """What a check says of a user's value. Hydra prints the message without a traceback and counts the run as failed;
+    `HYDRA_FULL_ERROR=1` shows where it came from."""
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Turn the ValueErrors and FileNotFoundErrors of checks into `UserError`, whatever wraps them."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, InstantiationException) as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException | InterpolationResolutionError):
+            inner = cause.__cause__ or cause.__context__
+            if inner is None:
+                break
+            cause = inner
+        if not isinstance(cause, ValueError | FileNotFoundError):
+            raise
+        raise UserError(str(cause)) from cause
 
 
 def check_config(cfg: DictConfig) -> None:
     """Resolve everything and compare what only disagrees together.
 
     Raises:
-        ValueError: the base is loaded in half precision and the trainer computes in another.
+        ValueError: the base is loaded in half precision and the trainer computes in another, or in no known type.
         FileNotFoundError: `ckpt_path` is not there.
     """
     OmegaConf.resolve(cfg)
     base_dtype, precision = cfg.model.base_dtype, str(cfg.trainer.precision)
-    expected = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(base_dtype)
+    if base_dtype not in PRECISIONS:
+        raise ValueError(f"model.base_dtype={base_dtype}: give one of {', '.join(PRECISIONS)}.")
+    expected = PRECISIONS[base_dtype]
     if expected is not None and precision != expected:
         raise ValueError(
             f"model.base_dtype={base_dtype} needs trainer.precision={expected} (the trained part is kept in fp32), "
@@ -71,6 +133,24 @@ def check_config(cfg: DictConfig) -> None:
             f"ckpt_path={cfg.ckpt_path} is not there; a run keeps its checkpoints in <run>/checkpoints, the newest as "
             "last.ckpt."
         )
+
+
+def check_devices(trainer: Trainer, cfg: DictConfig) -> None:
+    """Compare the trainer's devices with those for which `accumulation` was reckoned.
+
+    Raises:
+        ValueError: they differ, so that the global batch would be another than asked for.
+    """
+    counted, found = count_devices(cfg.trainer.devices, cfg.trainer.num_nodes), trainer.num_devices * trainer.num_nodes
+    if counted != found:
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices} was taken for {counted}, but with trainer.accelerator="
+            f"{cfg.trainer.accelerator} the trainer has {found}: give trainer.devices as a number, or the global batch "
+            f"is not {cfg.global_batch_size}."
+        )
+
+
+# Records --------------------------------------------------------------------------------------------------------------
 
 
 def flatten(cfg: DictConfig) -> dict[str, Any]:
@@ -87,9 +167,15 @@ def flatten(cfg: DictConfig) -> dict[str, Any]:
     return leaves(OmegaConf.to_container(cfg, resolve=True), "")
 
 
+@rank_zero_only
 def log_hyperparameters(trainer: Trainer, cfg: DictConfig) -> None:
+    """Into every logger, and into TensorBoard's own table of hyper-parameters beside the validation loss."""
+    values = flatten(cfg)
     for logger in trainer.loggers:
-        logger.log_hyperparams(flatten(cfg))
+        logger.log_hyperparams(values)
+        if isinstance(logger, TensorBoardLogger):
+            for summary in hparams(values, {"val/loss": 0.0}):
+                logger.experiment.file_writer.add_summary(summary)
 
 
 @rank_zero_only
@@ -102,3 +188,18 @@ def mark_latest(run_dir: str | Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(run_dir.name)
     fresh.replace(link)
+
+
+def list_results(output_dir: str | Path) -> list[str]:
+    """One line per result of the newest finished run of each task, and how to look at all of them."""
+    lines = []
+    for latest in sorted(Path(output_dir).glob("*/latest")):
+        clips = sorted(latest.glob("tensorboard/previews/*.mp4"))
+        for name, path in (("adapter", latest / "adapter"), ("clip", clips[-1] if clips else None)):
+            if path is not None and path.exists():
+                lines.append(f"{latest.parent.name:<16} {name:<8} {path}")
+    return [*lines, f"{'losses, previews':<25} tensorboard --logdir {output_dir}"]
+
+
+if __name__ == "__main__":
+    print("\n".join(list_results(*sys.argv[1:2] or ["outputs"])))

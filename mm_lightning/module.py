@@ -7,6 +7,7 @@ D width of the transformer.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -128,7 +129,17 @@ class MagicMirrorModule(LightningModule):
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
         self.seed = seed
         self.transformer: MagicMirrorTransformer3DModel | None = None
+        self.check_values()
         self.check_paths()
+
+    def check_values(self) -> None:
+        rates = {"text_drop_rate": self.text_drop_rate, "identity_drop_rate": self.identity_drop_rate}
+        for name, rate in rates.items():
+            if not 0 <= rate <= 1:
+                raise ValueError(f"model.{name}={rate} is no share of the samples; give a number from 0 to 1.")
+        unknown = sorted(set(self.frozen) - set(self.front_end_parts))
+        if unknown:
+            raise ValueError(f"model.frozen names {unknown}; the front-end's parts are {list(self.front_end_parts)}.")
 
     def check_paths(self) -> None:
         """All that can be wrong is told here, before anything large is read."""
@@ -410,7 +421,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     require_complete(path)
     file = Path(path) / METADATA_FILE if Path(path).is_dir() else Path(path)
-    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as a training checkpoint; those lie in <run>/checkpoints.") from error
     if "magicmirror" not in checkpoint:
         raise ValueError(f"{path} is no training checkpoint of this project; those lie in <run>/checkpoints.")
     return checkpoint["magicmirror"]

@@ -59,12 +59,15 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_same(folder: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError naming each entry in which an adapter's record differs from what is there now."""
+def check_same(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError naming each entry in which an adapter's or a checkpoint's record differs from what is here."""
     keys = sorted({key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)})
     if keys:
         differences = "; ".join(f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
-        raise ValueError(f"The adapter in {folder} was made with another {what} ({differences}).")
+        raise ValueError(
+            f"What lies at {path} was made with another {what} ({differences}). Give one that was made with these "
+            "settings, or start without it."
+        )
 
 
 def load_adapter_state(folder: str | Path, names: set[str]) -> dict[str, Tensor]:
