@@ -118,7 +118,7 @@ def test_previews_and_prompt_are_logged(stages, stage):
     for tag in ("preview/generated", "preview/denoised"):
         (image,) = events.Images(tag)
         assert image.encoded_image_string[:4] == b"GIF8"
-        assert (image.width, image.height) == (2 * 96, 96)  # reference and clip
+        assert (image.width, image.height) == (2 * 64, 64)  # reference and clip
     (prompt,) = events.Tensors("preview/prompt/text_summary")
     assert b" img" in prompt.tensor_proto.string_val[0]
     (clip,) = (stages[stage] / "tensorboard" / "previews").iterdir()
@@ -126,7 +126,7 @@ def test_previews_and_prompt_are_logged(stages, stage):
     with av.open(str(clip)) as container:
         shapes = {frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)}
         assert container.streams.video[0].frames == (1 if stage == "stage1_image" else 9)
-    assert shapes == {(96, 96, 3)}
+    assert shapes == {(64, 64, 3)}
 
 
 @BOTH_STAGES
