@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mm_lightning.adapters.transformer import AdapterConfig, MagicMirrorTransformer3DModel
-from mm_lightning.adapters.weights import check_same, load_adapter_state, read_adapter_config, save_adapter
+from mm_lightning.adapters.weights import AdapterWeights, check_same, read_adapter_config
 from mm_lightning.backbone import Backbone, check_base, read_base_id
 from mm_lightning.checkpoint import (
     METADATA_FILE,
@@ -114,20 +114,15 @@ class MagicMirrorModule(LightningModule):
         self.base, self.base_dtype, self.components = base, base_dtype, tuple(components)
         self.vision, self.recognizer, self.loss_recognizer = vision, recognizer, loss_recognizer
         self.adapter_config = adapter
-        self.front_end_parts = {
-            "id_perceiver": id_perceiver,
-            "face_perceiver": face_perceiver,
-            "fusion": fusion,
-            "id_projection": id_projection,
-        }
+        self.front_end_parts = {"id_perceiver": id_perceiver, "face_perceiver": face_perceiver}
+        self.front_end_parts |= {"fusion": fusion, "id_projection": id_projection}
         self.loss = loss
         self.optimizer_factory, self.lr_schedule_factory = optimizer, lr_schedule
         self.frozen, self.init_adapter = tuple(frozen), init_adapter
         self.text_drop_rate, self.identity_drop_rate = text_drop_rate, identity_drop_rate
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
         self.extra_identity_words = tuple(extra_identity_words)
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
-        self.seed = seed
         self.transformer: MagicMirrorTransformer3DModel | None = None
         self.check_values()
         self.check_paths()
@@ -177,7 +172,9 @@ class MagicMirrorModule(LightningModule):
             self.face_decoder = FaceDecoder(backbone.vae, load_recognizer(self.loss_recognizer))
         select_trainable(self.transformer, self.front_end, self.frozen)
         if self.init_adapter is not None:
-            load_trainable(self, load_adapter_state(self.init_adapter, set(trainable_state_dict(self))))
+            load_trainable(
+                self, AdapterWeights.from_pretrained(self.init_adapter, set(trainable_state_dict(self))).state
+            )
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if self.device_mesh is not None:
@@ -376,7 +373,7 @@ class MagicMirrorModule(LightningModule):
         """Write the adapter folder; every rank calls it, sharded weights are gathered, rank zero writes."""
         state = gather_tensors(trainable_state_dict(self))
         if self.global_rank == 0:
-            save_adapter(folder, state, self.record())
+            AdapterWeights(self.record(), state).save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from mm_lightning.adapters.transformer import AdapterConfig
-from mm_lightning.adapters.weights import save_adapter
+from mm_lightning.adapters.weights import AdapterWeights
 from mm_lightning.backbone import read_base_id
 from mm_lightning.config import accumulation, check_config
 from mm_lightning.encoders.identity import IdentityEncoder
@@ -300,7 +300,8 @@ def instantiate_all(cfg: Any) -> tuple[L.Trainer, MagicMirrorModule, L.Lightning
 def leave_adapter(module: MagicMirrorModule, output_dir: Path, task: str) -> None:
     """The record of a finished run, where the next stage looks for it; no weights are compared before they load."""
     module.base_id = read_base_id(module.base)
-    save_adapter(output_dir / task / "latest" / "adapter", {"weight": torch.zeros(1)}, module.record())
+    weights = AdapterWeights(module.record(), {"weight": torch.zeros(1)})
+    weights.save_pretrained(output_dir / task / "latest" / "adapter")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
 
-from mm_lightning.adapters.weights import load_adapter_state, read_adapter_config
+from mm_lightning.adapters.weights import AdapterWeights, read_adapter_config
 from mm_lightning.checkpoint import trainable_state_dict
 from mm_lightning.config import register_resolvers
 from mm_lightning.module import MagicMirrorModule, read_record, sample_generators
@@ -265,9 +265,7 @@ def test_checkpoints_hold_what_trains_and_adapters_come_back(make_config, make_m
     assert read_record(tmp_path / "last.ckpt") == module.record()
 
     module.save_adapter(tmp_path / "adapter")
-    assert set(load_adapter_state(tmp_path / "adapter", set(trainable_state_dict(module)))) == set(
-        checkpoint["state_dict"]
-    )
+    assert set(AdapterWeights.from_pretrained(tmp_path / "adapter").state) == set(checkpoint["state_dict"])
     assert read_adapter_config(tmp_path / "adapter")["base"] == module.base_id
     again = make_module(f"model.init_adapter={tmp_path / 'adapter'}")
     batch = make_batch()

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,27 +15,48 @@ WEIGHTS_NAME = "adapter.safetensors"
 FORMAT = {"format": "magicmirror-adapter", "format_version": 1}
 
 
-def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
-    """Write an adapter folder; an older one of the same name is replaced only once the new one is whole.
+class AdapterWeights(NamedTuple):
+    """What training made: tensors by their names in the training module, and what it takes to rebuild the modules."""
 
-    Args:
-        state: names in the training module -> trained tensors.
-        config: must hold `base` (as from `Backbone.base_id`); the rest is what rebuilds the modules, as JSON.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, fresh / WEIGHTS_NAME)
-    (fresh / CONFIG_NAME).write_text(json.dumps({**FORMAT, **config}, indent=2, sort_keys=True) + "\n")
-    fresh.chmod(0o755)
-    if folder.exists():
-        stale = fresh.with_name(fresh.name + ".old")
-        folder.rename(stale)
-        fresh.rename(folder)
-        shutil.rmtree(stale)
-    else:
-        fresh.rename(folder)
-    return folder
+    config: Mapping[str, Any]  # JSON values; must hold `base`, as from `Backbone.base_id`
+    state: Mapping[str, Tensor]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write an adapter folder; an older one of the same name is replaced only once the new one is whole."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in self.state.items()}, fresh / WEIGHTS_NAME
+        )
+        (fresh / CONFIG_NAME).write_text(json.dumps({**FORMAT, **self.config}, indent=2, sort_keys=True) + "\n")
+        fresh.chmod(0o755)
+        if folder.exists():
+            stale = fresh.with_name(fresh.name + ".old")
+            folder.rename(stale)
+            fresh.rename(folder)
+            shutil.rmtree(stale)
+        else:
+            fresh.rename(folder)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, names: set[str] | None = None) -> "AdapterWeights":
+        """Read an adapter folder; `names` is what the model trains, and what the file holds must be exactly that.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read_adapter_config`; or names are missing or left over.
+        """
+        config = read_adapter_config(folder)
+        state = load_file(Path(folder) / WEIGHTS_NAME)
+        missing, extra = (sorted(names - state.keys()), sorted(state.keys() - names)) if names else ([], [])
+        if missing or extra:
+            raise ValueError(
+                f"{Path(folder) / WEIGHTS_NAME} does not fit this model: {len(missing)} names missing "
+                f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}). "
+                "Was it trained with another preset or ablation?"
+            )
+        return cls(config, state)
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -68,23 +89,3 @@ def check_same(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, 
             f"What lies at {path} was made with another {what} ({differences}). Give one that was made with these "
             "settings, or start without it."
         )
-
-
-def load_adapter_state(folder: str | Path, names: set[str]) -> dict[str, Tensor]:
-    """The trained tensors of an adapter folder.
-
-    Args:
-        names: what the model trains; what the file holds must be exactly that.
-
-    Raises:
-        ValueError: names are missing or left over.
-    """
-    state = load_file(Path(folder) / WEIGHTS_NAME)
-    missing, extra = sorted(names - state.keys()), sorted(state.keys() - names)
-    if missing or extra:
-        raise ValueError(
-            f"{Path(folder) / WEIGHTS_NAME} does not fit this model: {len(missing)} names missing "
-            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}). "
-            "Was it trained with another preset or ablation?"
-        )
-    return state

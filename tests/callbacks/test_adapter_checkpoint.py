@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from callbacks.adapter_checkpoint import AdapterCheckpoint
 from callbacks.ema import TrainableEMA
 from callbacks.nonfinite import NonFiniteGuard
-from mm_lightning.adapters.weights import save_adapter
+from mm_lightning.adapters.weights import AdapterWeights
 from mm_lightning.checkpoint import gather_tensors, trainable_state_dict
 from tests.toy import ToyModule, assert_same, loader, make_trainer, plain_run
 
@@ -26,7 +26,7 @@ class Saving(ToyModule):
         self.saved_at.append(self.trainer.global_step)
         tensors = gather_tensors(trainable_state_dict(self))
         if self.global_rank == 0:
-            save_adapter(folder, tensors, {"base": {"id": "toy"}})
+            AdapterWeights({"base": {"id": "toy"}}, tensors).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("ema_first", [True, False])
