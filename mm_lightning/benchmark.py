@@ -4,6 +4,8 @@
     python -m mm_lightning.benchmark --device cuda --dtype bfloat16 --dim 3072 --layers 42 --gradient-checkpointing
         --frames 49 --height 480 --width 720
 
+Further measurements are modules of their own, `benchmark_NAME.py`: `python -m mm_lightning.benchmark NAME --help`.
+
 Networks have random weights, and their widths are CogVideoX-5B's in proportion to `--dim`; 3072 is the 5B itself.
 Baseline and measured run in turn, so that whatever else the machine does meets both.
 
@@ -14,10 +16,13 @@ N face tokens, D width, E width of the face embedding.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +48,11 @@ SCALING_FACTOR = 0.7
 LANDMARKS = ((0.3, 0.4), (0.7, 0.4), (0.5, 0.6), (0.35, 0.8), (0.65, 0.8))
 MIN_SECONDS = 0.1  # of one timing: what is faster is called often
 TABLE_WIDTH = 120
+# Imported when asked for: each brings parts of the project that the others do without.
+SUBCOMMANDS = {
+    file.stem.removeprefix("benchmark_"): f"mm_lightning.{file.stem}"
+    for file in sorted(Path(__file__).parent.glob("benchmark_*.py"))
+}
 logger = logging.getLogger(__name__)
 
 
@@ -413,8 +423,12 @@ def format_gflops(flops: int) -> str:
     return f"{flops / 1e9:.4g}" if flops else ""
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(prog="python -m mm_lightning.benchmark", description=__doc__.split("\n")[0])
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m mm_lightning.benchmark",
+        description=__doc__.split("\n")[0],
+        epilog=f"Further measurements, each with options of its own: {', '.join(SUBCOMMANDS)}.",
+    )
     default = Sizes()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base")
@@ -426,12 +440,20 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="as in training on large models")
     parser.add_argument("--repetitions", type=int, default=5, help="of every comparison")
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in SUBCOMMANDS:
+        importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:])
+    else:
+        run_ratios(arguments)
+
+
+def run_ratios(arguments: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser, a = parse_arguments()
+    parser, a = parse_arguments(arguments)
     sizes = Sizes(a.dim, a.layers, a.frames, a.height, a.width, a.batch_size)
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU; leave the option away to run on the CPU.")

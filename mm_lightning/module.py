@@ -33,7 +33,7 @@ from mm_lightning.checkpoint import (
 from mm_lightning.diffusion import Diffusion
 from mm_lightning.encoders.face import FaceFeatureEncoder, check_vision, load_vision
 from mm_lightning.encoders.identity import IdentityEncoder, sample_drops
-from mm_lightning.encoders.recognizer import check_recognizer, load_recognizer
+from mm_lightning.encoders.recognizer import FaceRecognizer, check_recognizer, load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder, drop_text
 from mm_lightning.face_decoder import FaceDecoder
 from mm_lightning.losses.identity import average_reference_embedding
@@ -158,18 +158,18 @@ class MagicMirrorModule(LightningModule):
         """Load the frozen networks, attach what trains, shard where the strategy has a mesh."""
         if self.transformer is not None:
             return
-        backbone = Backbone.from_pretrained(self.base, self.base_dtype, components=self.components)
+        backbone = self.load_backbone()
         self.base_id = backbone.base_id
         self.diffusion = Diffusion.from_backbone(backbone.scheduler.config, backbone.vae_config)
         self.transformer = MagicMirrorTransformer3DModel.from_base(backbone.transformer, self.adapter_config)
         backbone.transformer = None
         self.backbone = backbone
-        self.features = FaceFeatureEncoder(load_vision(self.vision), load_recognizer(self.recognizer))
+        self.features = self.load_features()
         self.text = self.build_text_encoder(backbone)
         self.front_end = self.build_front_end()
         self.face_decoder = None
         if backbone.vae is not None:
-            self.face_decoder = FaceDecoder(backbone.vae, load_recognizer(self.loss_recognizer))
+            self.face_decoder = FaceDecoder(backbone.vae, self.load_loss_recognizer())
         select_trainable(self.transformer, self.front_end, self.frozen)
         if self.init_adapter is not None:
             load_trainable(
@@ -179,6 +179,15 @@ class MagicMirrorModule(LightningModule):
             self.transformer.enable_gradient_checkpointing()
         if self.device_mesh is not None:
             self.shard()
+
+    def load_backbone(self) -> Backbone:
+        return Backbone.from_pretrained(self.base, self.base_dtype, components=self.components)
+
+    def load_features(self) -> FaceFeatureEncoder:
+        return FaceFeatureEncoder(load_vision(self.vision), load_recognizer(self.recognizer))
+
+    def load_loss_recognizer(self) -> FaceRecognizer:
+        return load_recognizer(self.loss_recognizer)
 
     def build_text_encoder(self, backbone: Backbone) -> TextEncoder | None:
         if backbone.text_encoder is None:

@@ -27,8 +27,9 @@ MAY_IMPORT = {
 }
 CALLBACKS_MAY_IMPORT = {"types", "metrics", "pipeline", "checkpoint"}
 DATAMODULES_MAY_IMPORT = {"types"}
-# Commands that live in a part but look at all of them; in return nothing may import them.
+# Commands that live in a part but look at all of them; in return nothing may import them but another command.
 COMMANDS = {"mm_lightning.adapters.size"}
+OTHER_COMMANDS = {"mm_lightning.benchmark_step"}
 
 
 def module_name(file: Path) -> str:
@@ -138,4 +139,4 @@ def test_nothing_imports_a_command(command):
     guilty = {
         module_name(file) for file in ALL_FILES for name in imports_of(file) if f"{name}.".startswith(f"{command}.")
     }
-    assert guilty == set()
+    assert guilty <= OTHER_COMMANDS
