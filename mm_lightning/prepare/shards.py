@@ -9,16 +9,84 @@ import hashlib
 import io
 import json
 import os
+import socket
 import tarfile
+import zlib
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 
 INDEX_NAME = "index.json"
 KINDS = ("image", "video")
+OFFSETS_SUFFIX = ".index"
+OFFSETS_VERSION = 1
+UNKNOWN_SIZE = (0, 0, 0)
+
+
+class TarWriter:
+    """One uncompressed tar, sample by sample: what was written lies on disk, not in memory.
+
+    The file has a temporary name until `close` renames it, so that a reader sees a whole tar or none. Beside it stands
+    `{name}.tar.index`, by which a reader enters the tar: see `offsets_text`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.offsets: list[tuple[str, dict[str, tuple[int, int, int]]]] = []
+        self.sizes: list[tuple[int, int, int]] = []
+        self.path, self.temporary = path, temporary_path(path)
+        self.num_samples, self.num_bytes, self.digest = 0, 0, hashlib.sha256()
+        self.file = self.temporary.open("wb")
+        self.tar = tarfile.TarFile(fileobj=self, mode="w", format=tarfile.PAX_FORMAT)
+
+    def add(self, key: str, fields: dict[str, bytes]) -> None:
+        """One sample; its files are sorted by name."""
+        places = {}
+        for name in sorted(fields):
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size, info.mode = len(fields[name]), 0o644
+            self.tar.addfile(info, io.BytesIO(fields[name]))
+            padded = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            places[name] = (self.num_bytes - padded, info.size, zlib.crc32(fields[name]))
+        self.offsets.append((key, places))
+        self.sizes.append(stored_size(fields.get("json", b"")))
+        self.num_samples += 1
+        self.tar.members.clear()  # tarfile keeps a record of each, which only reading needs
+
+    def close(self) -> dict:
+        """Gives the file its name.
+
+        Returns:
+            "name", "num_samples", "num_bytes", "sha256".
+        """
+        self.tar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        digest = self.digest.hexdigest()
+        offsets = offsets_text(self.offsets, self.sizes, self.num_bytes, digest)
+        write_bytes(self.path.with_name(self.path.name + OFFSETS_SUFFIX), offsets.encode())
+        os.replace(self.temporary, self.path)
+        sizes = {"num_samples": self.num_samples, "num_bytes": self.num_bytes}
+        return {"name": self.path.name, **sizes, "sha256": digest}
+
+    def abort(self) -> None:
+        """Leaves nothing behind."""
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    # What tarfile asks of a file
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
 
 
 class ShardWriter:
-    """Context manager: samples -> `{prefix}-000000.tar`, ... and `index.json`.
+    """Context manager: samples -> `{prefix}-000000.tar`, ... and `index.json`. No more than one sample is in memory.
 
     A tar is written under a temporary name and renamed when full; `index.json` appears when all are there, so a folder
     without it is not a finished set. What an earlier run left under the same prefix is removed.
@@ -40,7 +108,7 @@ class ShardWriter:
         self.folder, self.kind, self.prefix = Path(folder), kind, prefix
         self.samples_per_shard = samples_per_shard
         self.shards: list[dict] = []
-        self.pending: list[tuple[str, dict[str, bytes]]] = []
+        self.tar: TarWriter | None = None
         self.keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
@@ -52,19 +120,22 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if kind is None:
-            self._flush()
+            self._close_shard()
             write_json(self.folder / INDEX_NAME, self.index())
+        elif self.tar is not None:
+            self.tar.abort()
 
     def write(self, key: str, fields: dict[str, bytes | str | dict]) -> None:
         """Adds a sample: `fields` maps an extension ("jpg", "txt", "ref0.jpg", ...) to bytes, text or a JSON object."""
-        if not key or "." in key or "/" in key:
-            raise ValueError(f"key {key!r}: must be non-empty, without dot or slash (keys end at the first dot).")
+        check_key(key)
         if key in self.keys:
             raise ValueError(f"key {key!r}: written twice.")
         self.keys.add(key)
-        self.pending.append((key, {name: to_bytes(value) for name, value in fields.items()}))
-        if len(self.pending) == self.samples_per_shard:
-            self._flush()
+        if self.tar is None:
+            self.tar = TarWriter(self.folder / f"{self.prefix}-{len(self.shards):06d}.tar")
+        self.tar.add(key, {name: to_bytes(value) for name, value in fields.items()})
+        if self.tar.num_samples == self.samples_per_shard:
+            self._close_shard()
 
     def index(self) -> dict:
         """What `index.json` holds."""
@@ -74,16 +145,45 @@ class ShardWriter:
             "shards": self.shards,
         }
 
-    def _flush(self) -> None:
-        if not self.pending:
-            return
-        name, data = f"{self.prefix}-{len(self.shards):06d}.tar", tar_bytes(self.pending)
-        write_bytes(self.folder / name, data)
-        digest = hashlib.sha256(data).hexdigest()
-        self.shards.append(
-            {"name": name, "num_samples": len(self.pending), "num_bytes": len(data), "sha256": digest},
-        )
-        self.pending = []
+    def _close_shard(self) -> None:
+        if self.tar is not None:
+            self.shards.append(self.tar.close())
+            self.tar = None
+
+
+def offsets_text(
+    offsets: list[tuple[str, dict[str, tuple[int, int, int]]]],
+    sizes: list[tuple[int, int, int]],
+    num_bytes: int,
+    sha256: str,
+) -> str:
+    """What stands beside a tar, lines of JSON.
+
+    The first holds `version`, `num_samples`, `num_bytes`, `sha256` and `sizes`, runs of samples of one size
+    `[[number, frames, height, width], ...]`; then comes `[key, {field: [offset, size, crc32]}]` for each sample.
+    """
+    runs = [[len(list(run)), *size] for size, run in groupby(sizes)]
+    header = {"version": OFFSETS_VERSION, "num_samples": len(offsets), "num_bytes": num_bytes, "sha256": sha256}
+    lines = [header | {"sizes": runs}, *offsets]
+    return "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+
+
+def stored_size(data: bytes) -> tuple[int, int, int]:
+    """(frames, height, width) that a sample's json gives, zeros where it does not."""
+    try:
+        meta = json.loads(data)
+        return int(meta["num_frames"]), int(meta["height"]), int(meta["width"])
+    except (ValueError, KeyError, TypeError):
+        return UNKNOWN_SIZE
+
+
+def check_key(key: str) -> None:
+    """
+    Raises:
+        ValueError: the key is empty or has a dot or slash.
+    """
+    if not key or "." in key or "/" in key:
+        raise ValueError(f"key {key!r}: must be non-empty, without dot or slash (keys end at the first dot).")
 
 
 def damaged_shards(folder: str | Path) -> list[str]:
@@ -95,18 +195,6 @@ def damaged_shards(folder: str | Path) -> list[str]:
     folder = Path(folder)
     index = json.loads((folder / INDEX_NAME).read_text())
     return [shard["name"] for shard in index["shards"] if _digest(folder / shard["name"]) != shard["sha256"]]
-
-
-def tar_bytes(samples: list[tuple[str, dict[str, bytes]]]) -> bytes:
-    """Samples in the given order, their files by name -> an uncompressed tar."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for key, fields in samples:
-            for name in sorted(fields):
-                info = tarfile.TarInfo(f"{key}.{name}")
-                info.size, info.mode = len(fields[name]), 0o644
-                tar.addfile(info, io.BytesIO(fields[name]))
-    return buffer.getvalue()
 
 
 def to_bytes(value: bytes | str | dict) -> bytes:
@@ -123,10 +211,21 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes beside the target, then renames: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    temporary = temporary_path(path)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def temporary_path(path: Path) -> Path:
+    """Beside `path`, and another one for each process that writes."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

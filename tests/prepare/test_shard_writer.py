@@ -56,7 +56,7 @@ def test_an_interrupted_run_leaves_no_index_and_no_half_tar(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-000000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-000000.tar", "train-000000.tar.index"]
     with tarfile.open(tmp_path / "train-000000.tar") as tar:
         assert tar.getnames()[0].startswith("new0")
 
@@ -64,7 +64,8 @@ def test_an_interrupted_run_leaves_no_index_and_no_half_tar(tmp_path):
 def test_an_earlier_longer_set_leaves_nothing_behind(tmp_path):
     write(tmp_path, 6)
     write(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "train-000000.tar"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["index.json", "train-000000.tar", "train-000000.tar.index"]
 
 
 def test_damage_and_loss_are_found(tmp_path):
