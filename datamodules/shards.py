@@ -1,70 +1,71 @@
-"""WebDataset tars -> one endless, seeded order of samples, dealt to ranks and workers.
+"""Shards -> batches in one endless order that rank and worker counts do not change.
 
-Order. The shards of a pass are shuffled by (seed, pass) and dealt to `num_lanes` lanes; a lane shuffles its samples in
-a buffer and goes from pass to pass. Position p of the canonical order is sample p // num_lanes of lane p % num_lanes.
-None of this knows of ranks or workers.
+Order. `datamodules.order` says which sample stands at position p of the canonical order.
 
 Dealing. With W ranks and b samples per batch, rank r takes the positions p with p % W == r, so step s of all ranks
 together covers exactly positions [s W b, (s + 1) W b): the same global batch however it is split. Inside a rank the
-workers take whole batches in turn, which is the order in which DataLoader asks them.
+workers take whole batches in turn, which is the order in which DataLoader asks them. Every sample is entered by its
+offset (`datamodules.tars`); nobody reads what others take.
 
-A reader opens only lanes that hold positions of its own, and passes over the samples that others take. With one lane
-every rank reads every tar; with num_lanes a multiple of the ranks, no tar is read by two ranks in one pass.
+Resuming. The number of samples consumed says it all: the stream goes on at that position.
 
-Damage. A sample that cannot be decoded gives its position to the next readable sample of its lane, so nothing shifts.
+Damage. A sample that cannot be used leaves its place in the batch to a stand-in of weight 0, a copy of a readable
+sample with an empty key: nothing shifts, no rank has to tell another, every readable sample is met once in a pass.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
-import random
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
-import braceexpand
-import webdataset as wds
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import tarfile_samples
+
+from datamodules.order import MixedOrder, Order, Places, ShuffledOrder, whole_weights
+from datamodules.resolve import ShardSet, resolve_shards, resolve_sources
+from datamodules.shard_cache import ShardCache, is_remote
+from datamodules.slots import Slots
+from datamodules.tars import (
+    UNKNOWN_SIZE,
+    DamagedSample,
+    DamagedShard,
+    Shard,
+    ShardReader,
+    StoredSample,
+    cut_short,
+    load_header,
+)
+
+__all__ = [
+    "DamagedSample",
+    "ShardReader",
+    "ShardSet",
+    "ShardStream",
+    "SkipLog",
+    "SkippedSample",
+    "resolve_shards",
+    "resolve_sources",
+]
 
 logger = logging.getLogger(__name__)
 
-INDEX_NAME = "index.json"
-REMOTE = ("pipe:", "http://", "https://", "s3://", "gs://", "hf://", "hdfs://", "ais://")
-
-Item = TypeVar("Item")
-
-
-class DamagedSample(Exception):  # noqa: N818, an event that is counted rather than an error of the program
-    """A sample that cannot be used; the message is the reason."""
-
-
-class ShardSet(NamedTuple):
-    """The shards that a pattern stands for."""
-
-    urls: list[str]
-    num_samples: int | None  # None where no index says
-    kind: str | None  # "image", "video", or None where no index says
+MIN_SAMPLES_JUDGED, MAX_SAMPLES_JUDGED = 200, 20_000
+LOOK_AHEAD = [*range(64), *(round(64 * 1.1**i) for i in range(1, 128))]  # ever wider steps, beyond a whole lost shard
+BLOCK = 1024
 
 
 class SkippedSample(NamedTuple):
-    """What was left out, and why. `key` is empty for a shard that broke off."""
+    """What was left out, and why. `key` is empty for a whole shard."""
 
     url: str
     key: str
     reason: str
-
-
-class Slot(NamedTuple):
-    """A sample as it lies in the tar, and the pass over the data in which it is met."""
-
-    sample: dict[str, bytes | str]
-    epoch: int
+    num_samples: int = 1
 
 
 class SkipLog:
@@ -72,286 +73,337 @@ class SkipLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self.seen: set[SkippedSample] = set()
+        self.known: dict[tuple[str, ...], SkippedSample] = {}
+        self.num_bytes_read = 0
 
     def record(self, skipped: SkippedSample) -> None:
-        """Notes and warns, once per reader."""
-        if skipped in self.seen:
+        """Notes and warns, unless it is there already, for whatever reason."""
+        name = self._name(skipped)
+        if name in self.known or (self.entries() and name in self.known):
             return
-        self.seen.add(skipped)
-        logger.warning("skipped %s in %s: %s", skipped.key or "the rest", skipped.url, skipped.reason)
+        what = skipped.key or f"{skipped.num_samples} samples"
+        logger.warning("skipped %s in %s: %s", what, skipped.url, skipped.reason)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(skipped) + "\n")
 
     def entries(self) -> list[SkippedSample]:
         """Everything skipped so far, each once."""
-        if not os.path.exists(self.path):
-            return []
-        lines = Path(self.path).read_text(encoding="utf-8").splitlines()
-        return [SkippedSample(*entry) for entry in dict.fromkeys(tuple(json.loads(line)) for line in lines)]
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                file.seek(self.num_bytes_read)
+                for line in file:
+                    if line.endswith(b"\n"):
+                        skipped = SkippedSample(*json.loads(line))
+                        self.known.setdefault(self._name(skipped), skipped)
+                        self.num_bytes_read += len(line)
+        return list(self.known.values())
+
+    @staticmethod
+    def _name(skipped: SkippedSample) -> tuple[str, ...]:
+        return (skipped.url, skipped.key) if skipped.key else (skipped.url, "", skipped.reason)
 
 
-# Patterns -> shards
+# What is read
 
 
-def resolve_shards(shards: str | Path | list[str | Path]) -> ShardSet:
-    """Finds the tars that `shards` means, without opening them.
-
-    Args:
-        shards: a folder (its `index.json` lists the tars, else every `*.tar` in it), a tar, a glob, a brace pattern
-            (`train-{000000..000007}.tar`), a URL (`pipe:...`), or a list of these.
-
-    Raises:
-        FileNotFoundError: a pattern matches nothing, or a named tar is missing.
-        ValueError: an index that is not one, or sets of different kinds.
-    """
-    patterns = [shards] if isinstance(shards, str | Path) else list(shards)
-    if not patterns:
-        raise FileNotFoundError("no shards: the list of shard patterns is empty.")
-    parts = [_resolve_one(str(pattern)) for pattern in patterns]
-    kinds = {part.kind for part in parts} - {None}
-    if len(kinds) > 1:
-        raise ValueError(f"shards {patterns}: sets of different kinds {sorted(kinds)}; give one kind per data module.")
-    counts = [part.num_samples for part in parts]
-    num_samples = None if None in counts else sum(counts)
-    return ShardSet([url for part in parts for url in part.urls], num_samples, next(iter(kinds), None))
-
-
-def _resolve_one(pattern: str) -> ShardSet:
-    if pattern.startswith("pipe:"):
-        return ShardSet([pattern], None, None)
-    if pattern.startswith(REMOTE):
-        return ShardSet(list(braceexpand.braceexpand(pattern)), None, None)
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return _from_folder(path)
-    if path.is_file():
-        return ShardSet([str(path)], None, None)
-    return _from_pattern(str(path))
-
-
-def _from_folder(folder: Path) -> ShardSet:
-    if (folder / INDEX_NAME).is_file():
-        return _from_index(folder)
-    urls = sorted(str(path) for path in folder.glob("*.tar"))
-    if not urls:
-        raise FileNotFoundError(f"no shards: {folder} holds neither {INDEX_NAME} nor *.tar. {_content(folder)}{_HINT}")
-    return ShardSet(urls, None, None)
-
-
-def _from_index(folder: Path) -> ShardSet:
-    path = folder / INDEX_NAME
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        names = [shard["name"] for shard in index["shards"]]
-        shard_set = ShardSet([str(folder / name) for name in names], int(index["num_samples"]), index.get("kind"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an index of shards ({error!r}); write the set again with prepare.") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} lists shards that are missing: {missing[:5]}. {_content(folder)}")
-    if not names:
-        raise FileNotFoundError(f"no shards: {path} lists none.{_HINT}")
-    return shard_set
-
-
-def _from_pattern(pattern: str) -> ShardSet:
-    urls = []
-    for part in braceexpand.braceexpand(pattern):
-        found = sorted(glob.glob(part))
-        if not found:
-            folder = Path(part).parent
-            raise FileNotFoundError(f"no shards matched {part!r} (pattern {pattern!r}). {_content(folder)}{_HINT}")
-        urls += found
-    return ShardSet(urls, None, None)
-
-
-_HINT = " Make a small set with `python -m mm_lightning.prepare.samples --out data/samples`."
-
-
-def _content(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"The folder {folder} does not exist."
-    names = sorted(path.name for path in folder.iterdir())
-    listed = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
-    return f"{folder} holds: {listed or 'nothing'}."
-
-
-# The canonical order
-
-
-def raw_samples(urls: list[str], skip_log: SkipLog) -> Iterator[dict[str, bytes | str]]:
-    """The samples of some tars, once. A tar that breaks off is noted, and what stands before the break is kept."""
-    for url in urls:
-
-        def note(error: Exception, url: str = url) -> bool:
-            reason = str(error.args[0]).split(" @ ")[0] if error.args else repr(error)  # webdataset adds the stream
-            skip_log.record(SkippedSample(url, "", f"{type(error).__name__}: {reason}"))
-            return not isinstance(error, tarfile.TarError)  # a tar cannot be read beyond its break
-
-        yield from tarfile_samples([{"url": url}], handler=note)
-        if cut_short(url):
-            skip_log.record(SkippedSample(url, "", "cut short: the end-of-archive mark is missing"))
-
-
-def cut_short(url: str) -> bool:
-    """Whether a local tar lacks its closing 1024 zero bytes; a cut between two files raises no error when read."""
-    if not url.endswith(".tar") or not os.path.isfile(url):
-        return False
-    with open(url, "rb") as file:
-        file.seek(-min(1024, os.path.getsize(url)), os.SEEK_END)
-        return file.read() != bytes(1024)
-
-
-def lane_samples(
-    urls: list[str], lane: int, num_lanes: int, seed: int | None, shuffle_buffer: int, skip_log: SkipLog
-) -> Iterator[Slot]:
-    """The endless order of one lane. `seed` None: neither shards nor samples are shuffled.
-
-    Raises:
-        RuntimeError: several passes in a row gave not a single sample.
-    """
-    empty_passes = 0
-    for epoch in count():
-        order = list(urls)
-        if seed is not None:
-            random.Random(f"{seed}-{epoch}").shuffle(order)
-        samples = raw_samples(order[lane::num_lanes], skip_log)
-        if seed is not None:
-            samples = wds.detshuffle(shuffle_buffer, shuffle_buffer, seed, epoch - 1).run(samples)
-        empty_passes += 1
-        for sample in samples:
-            empty_passes = 0
-            yield Slot(sample, epoch)
-        if empty_passes > num_lanes:
-            raise RuntimeError(f"no sample could be read from {order[:3]} (of {len(order)} shards). {_last(skip_log)}")
-
-
-class Lane:
-    """Decoded samples of one lane by rising index; an undecodable one gives way to the next that decodes."""
-
-    def __init__(self, slots: Iterator[Slot], num_lanes: int, decode: Callable[[dict, int], Item], skip_log: SkipLog):
-        self.slots, self.num_lanes, self.decode, self.skip_log = slots, num_lanes, decode, skip_log
-        self.index, self.item = -1, None
-
-    def at(self, index: int) -> Item:
-        """The first decodable sample at `index` or behind it. `index` may not fall from call to call."""
-        while self.index < index - 1:
-            next(self.slots)
-            self.index += 1
-        if self.index < index:
-            self.item = self._next_decodable()
-        return self.item
-
-    def _next_decodable(self) -> Item:
-        first_epoch = None
-        for slot in self.slots:
-            self.index += 1
-            first_epoch = slot.epoch if first_epoch is None else first_epoch
-            if slot.epoch > first_epoch + self.num_lanes:
-                break
-            try:
-                return self.decode(slot.sample, slot.epoch)
-            except DamagedSample as damage:
-                self.skip_log.record(SkippedSample(slot.sample["__url__"], slot.sample["__key__"], str(damage)))
-        raise RuntimeError(f"no sample of the shards could be decoded. {_last(self.skip_log)}")
-
-
-def _last(skip_log: SkipLog) -> str:
-    entries = skip_log.entries()
-    return f"{len(entries)} were skipped, the last: {entries[-1]}" if entries else "The shards are empty."
-
-
-def positions_of(
-    rank: int, world_size: int, worker: int, num_workers: int, batch_size: int, first: int = 0, stop: int | None = None
-) -> Iterator[int]:
-    """Positions of the canonical order that one worker of one rank delivers, in order.
-
-    `first` (a multiple of world_size) is where a run goes on, `stop` where it ends; worker 0 starts at `first`.
-    """
-    for local in count():
-        position = first + local * world_size + rank
-        if stop is not None and position >= stop:
-            return
-        if local // batch_size % num_workers == worker:
-            yield position
-
-
-def sample_stream(
-    urls: list[str],
-    positions: Iterator[int],
-    decode: Callable[[dict, int], Item],
-    skip_log: SkipLog,
-    *,
-    seed: int | None,
-    shuffle_buffer: int,
-    num_lanes: int,
-) -> Iterator[Item]:
-    """The decoded samples at `positions` of the canonical order: the one place through which training reads its data.
-
-    A resumable stream replaces this function: same arguments, `positions` starting where the run stopped, tars entered
-    by offset in place of the passing over that happens here.
+class Catalog:
+    """All shards of all sources, and how to open them.
 
     Args:
-        urls: all shards of the set, the same list on every rank.
-        positions: rising.
-        decode: (sample, epoch) -> item; raises DamagedSample.
-        seed: None keeps the order of the tars.
-        shuffle_buffer: samples held in memory per lane, undecoded.
-        num_lanes: at most the number of shards is used.
+        sources: name -> shards.
+        cache: of the shards that lie elsewhere.
+        excluded: urls that take no part in the order.
+
+    Attributes:
+        unreadable: url -> reason, of shards without index that could not be counted to the end.
     """
-    num_lanes = min(num_lanes, len(urls))
-    lanes: dict[int, Lane] = {}
-    for position in positions:
-        k = position % num_lanes
-        if k not in lanes:
-            slots = lane_samples(urls, k, num_lanes, seed, shuffle_buffer, skip_log)
-            lanes[k] = Lane(slots, num_lanes, decode, skip_log)
-        yield lanes[k].at(position // num_lanes)
+
+    def __init__(self, sources: Mapping[str, ShardSet], cache: ShardCache, excluded: Sequence[str] = ()) -> None:
+        left_out = set(excluded)
+        self.sources = {
+            name: [shard for shard in found.shards if shard.url not in left_out] for name, found in sources.items()
+        }
+        self.cache = cache
+        self.unreadable: dict[str, str] = {}
+        for name, shards in self.sources.items():
+            if not shards:
+                raise FileNotFoundError(f"no shards: all of {name or 'the set'} are missing.")
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.sources.values() for shard in shards]
+
+    def reader(self) -> ShardReader:
+        return ShardReader(self.shards, self.fetch)
+
+    def fetch(self, shard: Shard) -> str | Path:
+        """The local file of a shard."""
+        return self.cache.fetch(shard.url, shard.num_bytes) if is_remote(shard.url) else shard.url
+
+    def counts(self, name: str) -> list[int]:
+        """Samples per shard of a source; a shard of which no index says it is opened, once."""
+        unknown = sum(shard.num_samples is None for shard in self.sources[name])
+        if unknown > 1:
+            logger.info("counting the samples of %d shards without index.json", unknown)
+        return [self._count(shard) if s is None else s for shard in self.sources[name] for s in [shard.num_samples]]
+
+    def _count(self, shard: Shard) -> int:
+        try:
+            path = self.fetch(shard)
+            number = int(load_header(path)["num_samples"])
+        except OSError as error:
+            self.unreadable[shard.url] = f"cannot be opened ({error})"
+            return 0
+        if not number or cut_short(path):
+            self.unreadable[shard.url] = (
+                "cut short: the end-of-archive mark is missing" if number else "holds no sample"
+            )
+        return number
+
+    def order(
+        self, seed: int | None, shuffle_buffer: int, num_lanes: int, weights: Mapping[str, float] | None = None
+    ) -> Order:
+        """The canonical order.
+
+        Raises:
+            RuntimeError: a source without a single sample.
+        """
+        orders, first = [], 0
+        for name, shards in self.sources.items():
+            counts = self.counts(name)
+            if not sum(counts):
+                urls = [shard.url for shard in shards[:3]]
+                raise RuntimeError(f"no sample could be read from {urls} (of {len(shards)} shards).")
+            orders.append(ShuffledOrder(counts, seed, shuffle_buffer, num_lanes, name, first))
+            first += len(shards)
+        if len(orders) == 1:
+            return orders[0]
+        whole = whole_weights(weights or dict.fromkeys(self.sources, 1))
+        return MixedOrder(orders, [whole[name] for name in self.sources])
+
+
+class Bucket(NamedTuple):
+    """Frames and pixels of what is delivered."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+def choose_bucket(size: tuple[int, int, int], buckets: Sequence[Bucket]) -> int:
+    """The bucket with the most frames that a sample can fill, then the nearest aspect ratio, then the largest area that
+    does not enlarge it; the first bucket where the size is not known.
+
+    Args:
+        size: frames, height, width of the stored sample.
+    """
+    if tuple(size) == UNKNOWN_SIZE:
+        return 0
+    num_frames, height, width = size
+
+    def cost(i: int) -> tuple[float, ...]:
+        bucket = buckets[i]
+        missing = max(0, bucket.num_frames - num_frames)
+        ratio = abs(np.log(bucket.width / bucket.height * height / width))
+        enlarged = max(bucket.width / width, bucket.height / height, 1.0)
+        return missing, -bucket.num_frames, round(ratio, 6), enlarged, -bucket.width * bucket.height, i
+
+    return min(range(len(buckets)), key=cost)
+
+
+class BucketChooser:
+    """Places -> buckets; the sizes of a shard's samples are read when the first of them is met."""
+
+    def __init__(self, reader: ShardReader, buckets: Sequence[Bucket]) -> None:
+        self.reader, self.buckets = reader, buckets
+        self.known: dict[int, np.ndarray] = {}
+
+    def __call__(self, places: Places) -> np.ndarray:
+        chosen = np.zeros(places.number, np.int64)
+        for shard in np.unique(places.shard):
+            here = np.flatnonzero(places.shard == shard)
+            buckets, samples = self._of_shard(int(shard)), places.sample[here]
+            found = samples < len(buckets)
+            chosen[here[found]] = buckets[samples[found]]
+        return chosen
+
+    def _of_shard(self, shard: int) -> np.ndarray:
+        if shard not in self.known:
+            sizes = self.reader.sizes(shard)
+            by_size = {size: choose_bucket(size, self.buckets) for size in set(sizes)}
+            self.known[shard] = np.array([by_size[size] for size in sizes], np.uint8)
+        return self.known[shard]
+
+
+# The stream
+
+
+class Position:
+    """How many samples of the canonical order training has consumed; shared by the data module and its streams."""
+
+    def __init__(self, consumed: int = 0) -> None:
+        self.consumed = consumed
+
+
+class Decode(Protocol):
+    """(sample, epoch, bucket) -> item; raises DamagedSample."""
+
+    def __call__(self, sample: Mapping[str, bytes | str], epoch: int, bucket: int) -> Any: ...
 
 
 class ShardStream(IterableDataset):
-    """The part of the canonical order that belongs to one rank, as a dataset for DataLoader.
+    """The batches of one rank, for a DataLoader with `batch_size=None`.
 
     Args:
-        shards: what `resolve_shards` found.
-        decode: (sample, epoch) -> item.
-        batch_size: that of the DataLoader, per rank.
+        catalog: what is read.
+        order: in which order.
+        decode: sample -> item.
+        collate: items -> batch.
+        stand_in: an item -> one of weight 0 that takes the place of a damaged one.
+        batch_size: per rank.
         num_samples: None streams for ever, the trainer stops; otherwise the first so many of the global order.
-        first_position: where to go on in the global order, a multiple of world_size * batch_size.
+        start: where to go on in the global order, read each time an iteration starts.
+        max_bad_share: of damaged samples, that ends the run. Each reader (a worker, or the process without workers)
+            judges by itself: its damaged samples against those that it has met, or against its part of a pass while
+            that is more (at least MIN_SAMPLES_JUDGED, of a pass of at most MAX_SAMPLES_JUDGED).
+
+    Raises:
+        RuntimeError: while iterating, when too much is damaged.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
-        decode: Callable[[dict, int], Item],
+        catalog: Catalog,
+        order: Order,
+        decode: Decode,
+        collate: Callable[[list], Any],
+        stand_in: Callable[[Any], Any],
         skip_log: SkipLog,
         *,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        seed: int | None = 0,
-        shuffle_buffer: int = 256,
-        num_lanes: int = 1,
         num_samples: int | None = None,
-        first_position: int = 0,
+        start: Position | None = None,
+        max_bad_share: float = 0.05,
     ) -> None:
-        self.shards, self.decode, self.skip_log = shards, decode, skip_log
+        self.catalog, self.order, self.decode = catalog, order, decode
+        self.collate, self.stand_in, self.skip_log = collate, stand_in, skip_log
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.seed, self.shuffle_buffer, self.num_lanes = seed, shuffle_buffer, num_lanes
-        self.num_samples, self.first_position = num_samples, first_position
+        self.num_samples, self.start, self.max_bad_share = num_samples, start or Position(), max_bad_share
+        self.slots: Slots | None = None
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        positions = positions_of(
-            self.rank,
-            self.world_size,
-            worker_id,
-            num_workers,
-            self.batch_size,
-            self.first_position,
+        return self.batches(self.start.consumed, worker_id, num_workers)
+
+    def batches(self, first: int, worker: int = 0, num_workers: int = 1) -> Iterator[Any]:
+        """The batches that one worker delivers, from a position on."""
+        reading = Reading(self, num_readers=self.world_size * num_workers)
+        for places, position in batch_places(
+            self.order,
+            first,
             self.num_samples,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            worker=worker,
+            num_workers=num_workers,
+        ):
+            batch = reading.batch(places, position)
+            yield batch if self.slots is None else self.slots.put(batch)
+
+
+def batch_places(
+    order: Order,
+    first: int,
+    stop: int | None,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    worker: int = 0,
+    num_workers: int = 1,
+) -> Iterator[tuple[Places, int]]:
+    """Samples of each batch of one worker of one rank, and the position at which all ranks' batches start.
+
+    Args:
+        first: position where the run goes on; worker 0 of every rank starts there.
+        stop: position where it ends, None for never.
+    """
+    together = batch_size * world_size
+    per_block = max(num_workers, BLOCK // together // num_workers * num_workers)
+    for start in count(first, per_block * together):
+        end = start + per_block * together if stop is None else min(start + per_block * together, stop)
+        if start >= end:
+            return
+        block = order.places(start, end)
+        for i in range(worker, per_block, num_workers):
+            places = block.take(slice(i * together + rank, (i + 1) * together, world_size))
+            if places.number:
+                yield places, start + i * together
+
+
+class Reading:
+    """One reader's way through the samples: decodes, counts what is damaged, finds stand-ins."""
+
+    def __init__(self, stream: ShardStream, num_readers: int) -> None:
+        self.stream, self.reader = stream, stream.catalog.reader()
+        self.num_met = self.num_damaged = 0
+        in_a_pass = sum(shard.num_samples or 0 for shard in self.reader.shards)
+        self.horizon = max(MIN_SAMPLES_JUDGED, min(in_a_pass, MAX_SAMPLES_JUDGED) // num_readers)
+
+    def batch(self, places: Places, position: int) -> Any:
+        items = [self.item(*place) for place in zip(*(values.tolist() for values in places), strict=True)]
+        self.num_met += len(items)
+        self.num_damaged += sum(item is None for item in items)
+        self._judge()
+        if any(item is None for item in items):
+            healthy = next((item for item in items if item is not None), None)
+            if healthy is None:
+                healthy = self._look_ahead(position, int(places.bucket[0]))
+            items = [self.stream.stand_in(healthy) if item is None else item for item in items]
+        return self.stream.collate(items)
+
+    def item(self, shard: int, i: int, epoch: int, bucket: int) -> Any | None:
+        """None for one that is damaged, which is noted."""
+        sample: StoredSample | None = None
+        try:
+            sample = self.reader.sample(shard, i)
+            return self.stream.decode(sample, epoch, bucket)
+        except DamagedShard as damage:
+            found = self.reader.shards[shard]
+            lost = found.num_samples or 1
+            if shard in self.reader.tars:
+                lost -= len(self.reader.tars[shard].index)
+            self._note(SkippedSample(found.url, "", str(damage), max(lost, 1)))
+        except DamagedSample as damage:
+            self._note(SkippedSample(sample["__url__"], sample["__key__"], str(damage)))
+        return None
+
+    def _note(self, skipped: SkippedSample) -> None:
+        self.stream.skip_log.record(skipped)
+
+    def _look_ahead(self, position: int, bucket: int) -> Any:
+        """A readable sample from further on, cut to the same size; it is met again when its turn comes."""
+        for offset in LOOK_AHEAD:
+            places = self.stream.order.places(position + offset, position + offset + 1)
+            shard, i, epoch, _ = (int(values[0]) for values in places)
+            item = self.item(shard, i, epoch, bucket)
+            if item is not None:
+                return item
+        raise RuntimeError(f"no sample of the shards could be decoded. {self._damage()}")
+
+    def _judge(self) -> None:
+        if self.num_damaged <= self.stream.max_bad_share * max(self.num_met, self.horizon):
+            return
+        raise RuntimeError(
+            f"{self.num_damaged} of the {self.num_met} samples that a reader met are damaged, more than "
+            f"max_bad_share={self.stream.max_bad_share}: the shards should be made anew or fetched again. "
+            f"{self._damage()}"
         )
-        order = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "num_lanes": self.num_lanes}
-        return sample_stream(self.shards.urls, positions, self.decode, self.skip_log, **order)
+
+    def _damage(self) -> str:
+        entries = self.stream.skip_log.entries()
+        return f"{sum(e.num_samples for e in entries)} were skipped, the last: {entries[-1]}"

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import decord
 import numpy as np
@@ -19,12 +21,17 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
+from torch.utils.dlpack import from_dlpack
 
-from datamodules.shards import DamagedSample
+from datamodules.slots import MAX_SLOT_BYTES
+from datamodules.tars import DamagedSample
 from mm_lightning.types import Batch, FaceFeatures, TextFeatures
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 VIDEO_SUFFIXES = ("mp4",)
+EXIF_ORIENTATION = 0x0112
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 MIRRORED = [1, 0, 2, 4, 3]  # landmarks are ordered by the viewer's left and right
 
 # decord reads the channels off linesize // width (dmlc/decord issues 93, 336), and FFmpeg pads a line to three bytes
@@ -39,15 +46,21 @@ class Sample(NamedTuple):
 
     key: str
     caption: str
-    pixels: Tensor | None  # (F, 3, H, W)
+    pixels: Tensor | None  # (F, 3, H, W) in [-1, 1], or uint8
     latent_moments: Tensor | None  # (F', 2C, h, w)
     face_boxes: Tensor  # (F, 4)
     face_landmarks: Tensor  # (F, 5, 2)
-    references: Tensor  # (R, 3, S, S)
+    references: Tensor  # (R, 3, S, S) in [-1, 1], or uint8
     reference_landmarks: Tensor  # (R, 5, 2)
     reference_mask: Tensor  # (R,) bool
     text: dict[str, Tensor] | None  # prompt_embeds (T, D), id_token_mask (T,)
     face: dict[str, Tensor] | None  # last_hidden_state, penultimate_hidden_state (R, L, D), id_query (R, E)
+    weight: float = 1.0
+
+
+def stand_in(sample: Sample) -> Sample:
+    """What takes the place of a damaged sample: of weight 0 and without a key."""
+    return sample._replace(key="", weight=0.0)
 
 
 class Faces(NamedTuple):
@@ -68,11 +81,11 @@ class CropPlan(NamedTuple):
 
     def map_points(self, points: Tensor) -> Tensor:
         """(..., 2) pixels of the source -> pixels of the delivered picture."""
-        scale = torch.tensor(self.resized) / torch.tensor(self.source)
-        points = (points + 0.5) * scale - 0.5 - torch.tensor(self.offset)
+        scale = np.float32(self.resized) / np.float32(self.source)
+        points = (points.numpy() + np.float32(0.5)) * scale - np.float32(0.5) - np.float32(self.offset)
         if self.mirror:
-            points = torch.stack([self.target[0] - 1 - points[..., 0], points[..., 1]], -1)
-        return points
+            points[..., 0] = self.target[0] - 1 - points[..., 0]
+        return torch.from_numpy(points)
 
 
 def generator_for(seed: int, epoch: int, key: str) -> torch.Generator:
@@ -124,26 +137,26 @@ def crop_offset(length: int, window: int, faces: list[float] | None) -> int:
 
 def map_faces(plan: CropPlan, faces: Faces) -> Faces:
     """Faces of the source -> faces of the delivered picture; one whose centre is cut off counts as none."""
-    corners = plan.map_points(faces.boxes.unflatten(-1, (2, 2)))  # (F, 2, 2)
-    corners = torch.cat([corners.amin(-2), corners.amax(-2)], -1)  # (F, 4), upright after mirroring
-    landmarks = plan.map_points(faces.landmarks)
+    corners = plan.map_points(faces.boxes.unflatten(-1, (2, 2))).numpy()  # (F, 2, 2)
+    first, last = corners.min(-2), corners.max(-2)  # upright after mirroring
+    landmarks = plan.map_points(faces.landmarks).numpy()
     if plan.mirror:
         landmarks = landmarks[:, MIRRORED]
-    edge = torch.tensor(plan.target) - 1.0
-    centre = (corners[:, :2] + corners[:, 2:]) / 2
-    kept = has_face(faces.boxes) & (centre >= -0.5).all(-1) & (centre <= edge + 0.5).all(-1)
-    boxes = torch.minimum(corners.clamp(min=0), edge.repeat(2))
-    return Faces(boxes * kept[:, None], landmarks * kept[:, None, None])
+    edge, centre = np.float32(plan.target) - 1, (first + last) / 2
+    kept = has_face(faces.boxes.numpy()) & (centre >= -0.5).all(-1) & (centre <= edge + 0.5).all(-1)
+    boxes = np.concatenate([first, last], -1).clip(0, np.tile(edge, 2))  # (F, 4)
+    return Faces(torch.from_numpy(boxes * kept[:, None]), torch.from_numpy(landmarks * kept[:, None, None]))
 
 
-def has_face(boxes: Tensor) -> Tensor:
+def has_face(boxes: np.ndarray) -> np.ndarray:
     """(F, 4) -> (F,) bool."""
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
 def _extent(boxes: Tensor) -> list[float] | None:
+    boxes = boxes.numpy()
     shown = boxes[has_face(boxes)]
-    return torch.cat([shown[:, :2].amin(0), shown[:, 2:].amax(0)]).tolist() if len(shown) else None
+    return [*shown[:, :2].min(0).tolist(), *shown[:, 2:].max(0).tolist()] if len(shown) else None
 
 
 # Pixels
@@ -156,7 +169,13 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         DamagedSample: not a picture, or cut short.
     """
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        picture = Image.open(io.BytesIO(data))
+        if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode != "RGB":
+            return picture.convert("RGB")
+        picture.load()
+        return picture
     except (*DECODE_ERRORS, ValueError, Image.DecompressionBombError) as error:
         raise DamagedSample(f"{name} cannot be decoded ({_first_line(error)})") from error
 
@@ -173,7 +192,8 @@ def decode_frames(data: bytes, plan: CropPlan, start: int, num_frames: int, name
         reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), width=width, height=height, num_threads=1)
         if len(reader) < start + num_frames:
             raise DamagedSample(f"{name} holds {len(reader)} frames, {start + num_frames} are wanted")
-        return _shrink(reader.get_batch(list(range(start, start + num_frames))).asnumpy(), factor)
+        frames = reader.get_batch(list(range(start, start + num_frames)))
+        return _shrink(from_dlpack(frames.to_dlpack()).numpy(), factor)  # not copied, as asnumpy() would
     except DECODE_ERRORS as error:
         raise DamagedSample(f"{name} cannot be decoded ({_first_line(error)})") from error
 
@@ -188,20 +208,35 @@ def _shrink(frames: np.ndarray, factor: int) -> np.ndarray:
 
 
 def cut(frames: np.ndarray, plan: CropPlan) -> Tensor:
-    """Frames at the resized size (F, H', W', 3) uint8 -> (F, 3, H, W) in [-1, 1]."""
+    """Frames at the resized size (F, H', W', 3) uint8 -> (F, 3, H, W) uint8, channels last in memory."""
     (x, y), (width, height) = plan.offset, plan.target
-    pixels = torch.from_numpy(frames[:, y : y + height, x : x + width].copy()).permute(0, 3, 1, 2)
-    pixels = pixels.flip(-1) if plan.mirror else pixels
-    return pixels.float() / 127.5 - 1
+    frames = frames[:, y : y + height, x : x + width]
+    frames = np.ascontiguousarray(frames[:, :, ::-1]) if plan.mirror else frames
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8, in any memory layout -> float32 in [-1, 1]."""
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def from_bytes(batch: Batch) -> Batch:
+    """Pictures that are still uint8 become float32, on whichever device they lie."""
+    pixels, references = batch.pixels, batch.references
+    if pixels is not None and pixels.dtype == torch.uint8:
+        pixels = to_float(pixels)
+    if references.dtype == torch.uint8:
+        references = to_float(references) * batch.reference_mask[..., None, None, None]
+    return batch._replace(pixels=pixels, references=references)
 
 
 def resize_picture(picture: Image.Image, plan: CropPlan) -> np.ndarray:
     """-> (1, H', W', 3) uint8."""
-    return np.asarray(picture.resize(plan.resized, Image.Resampling.LANCZOS))[None]
+    return np.array(picture.resize(plan.resized, Image.Resampling.LANCZOS))[None]
 
 
 def _first_line(error: Exception) -> str:
-    text = (str(error).splitlines() or [""])[0]
+    text = ADDRESS.sub("", (str(error).splitlines() or [""])[0])
     return f"{type(error).__name__}: {text[:120]}"
 
 
@@ -221,9 +256,14 @@ class SampleTransform:
         flip_probability: of mirroring the target. 0 by default: faces are not symmetric.
         spatial_compression, temporal_compression: the VAE's, to check cached latents.
         random_window: False takes the first frames, and the first references.
+        cache_id: what cached tensors must have been made with, `{"latents": {...}, "text": {...}, "face": {...}}`
+            as `mm_lightning.prepare` records it in the json; parts that it does not name are not compared, None
+            compares nothing.
+        as_bytes: leaves pictures as uint8, a quarter of the size; `from_bytes` makes them floats on the device.
 
     Raises:
-        ValueError: at construction, for sizes that cannot be; when called, for cached tensors of another geometry.
+        ValueError: at construction, for sizes that cannot be; when called, for cached tensors of another geometry or of
+            other models.
         DamagedSample: when called, for a sample that cannot be decoded.
     """
 
@@ -239,6 +279,8 @@ class SampleTransform:
         spatial_compression: int = 8,
         temporal_compression: int = 4,
         random_window: bool = True,
+        cache_id: Mapping[str, Mapping[str, Any]] | None = None,
+        as_bytes: bool = False,
     ) -> None:
         check_num_frames(num_frames)
         sizes = {"height": height, "width": width, "reference_size": reference_size, "num_references": num_references}
@@ -251,24 +293,40 @@ class SampleTransform:
         self.target, self.num_frames, self.seed = (width, height), num_frames, seed
         self.reference_size, self.num_references = reference_size, num_references
         self.flip_probability, self.random_window = flip_probability, random_window
+        self.cache_id, self.as_bytes = cache_id or {}, as_bytes
         num_latent_frames = (num_frames - 1) // temporal_compression + 1
         self.latent_shape = (num_latent_frames, height // spatial_compression, width // spatial_compression)
 
     def __call__(self, sample: dict, epoch: int = 0) -> Sample:
         key, generator = sample["__key__"], generator_for(self.seed, epoch, sample["__key__"])
         meta, caption = read_meta(sample), read_text(sample)
+        self.check_cache(sample, meta["cache"], caption)
         latent_moments = self.cached_latents(sample)
-        plan, window = self.plan(meta, generator, has_latents=latent_moments is not None, key=key)
-        faces = map_faces(plan, read_faces(meta, window))
+        plan, window, faces = self.plan(meta, generator, has_latents=latent_moments is not None, key=key)
+        faces = map_faces(plan, faces)
         pixels = None if latent_moments is not None else self.pixels(sample, plan, window)
         chosen = self.choose_references(len(meta["references"]), generator)
         references, landmarks, mask = self.references(sample, meta, chosen)
         text = cached_text(sample)
         face = self.cached_face(sample, chosen, len(meta["references"]))
+        if not self.as_bytes:
+            pixels = None if pixels is None else to_float(pixels)
+            references = to_float(references) * mask[:, None, None, None]
         return Sample(key, caption, pixels, latent_moments, *faces, references, landmarks, mask, text, face)
 
-    def plan(self, meta: dict, generator: torch.Generator, has_latents: bool, key: str) -> tuple[CropPlan, range]:
-        """Draws the window and the mirroring. Latents were encoded from the whole clip, unmirrored."""
+    def check_cache(self, sample: Mapping, recorded: dict, caption: str) -> None:
+        """Raises ValueError unless the sample's cached tensors were made with `cache_id`, and for this caption."""
+        for part, wanted in self.cache_id.items():
+            if f"{part}.safetensors" in sample:
+                found = recorded.get(part) or {}
+                if "caption_sha256" in found:
+                    wanted = {**wanted, "caption_sha256": hashlib.sha256(caption.encode()).hexdigest()}
+                compare_cache(f"{sample['__key__']}.{part}.safetensors", wanted, found)
+
+    def plan(
+        self, meta: dict, generator: torch.Generator, has_latents: bool, key: str
+    ) -> tuple[CropPlan, range, Faces]:
+        """Draws the window and the mirroring; faces as stored. Latents are of the whole clip, unmirrored."""
         spare = meta["num_frames"] - self.num_frames
         if spare < 0:
             raise DamagedSample(f"{meta['num_frames']} frames are fewer than the {self.num_frames} wanted")
@@ -281,11 +339,11 @@ class SampleTransform:
         start = int(torch.randint(spare + 1, (), generator=generator)) if self.random_window else 0
         mirror = bool(torch.rand((), generator=generator) < self.flip_probability)
         window = range(start, start + self.num_frames)
-        boxes = read_faces(meta, window).boxes
-        return plan_crop((meta["width"], meta["height"]), self.target, boxes, mirror), window
+        faces = read_faces(meta, window)
+        return plan_crop((meta["width"], meta["height"]), self.target, faces.boxes, mirror), window, faces
 
     def pixels(self, sample: dict, plan: CropPlan, window: range) -> Tensor:
-        """-> (F, 3, H, W) in [-1, 1]."""
+        """-> (F, 3, H, W) uint8."""
         for suffix in PICTURE_SUFFIXES:
             if suffix in sample:
                 return cut(resize_picture(self._open_picture(sample, suffix, plan), plan), plan)
@@ -309,16 +367,16 @@ class SampleTransform:
         return sorted(torch.randperm(available, generator=generator)[: self.num_references].tolist())
 
     def references(self, sample: dict, meta: dict, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """-> pictures (R, 3, S, S) in [-1, 1], landmarks (R, 5, 2), mask (R,)."""
+        """-> pictures (R, 3, S, S) uint8, landmarks (R, 5, 2), mask (R,)."""
         size, padded = self.reference_size, self.num_references
-        pictures, landmarks = torch.zeros(padded, 3, size, size), torch.zeros(padded, 5, 2)
+        pictures, landmarks = np.zeros((padded, size, size, 3), np.uint8), torch.zeros(padded, 5, 2)
         for slot, index in enumerate(chosen):
             entry = meta["references"][index]
             if entry["file"] not in sample:
                 raise DamagedSample(f"{entry['file']} is missing")
             picture = decode_picture(sample[entry["file"]], entry["file"])
             pictures[slot], landmarks[slot] = square_reference(picture, entry, size)
-        return pictures, landmarks, torch.arange(padded) < len(chosen)
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2), landmarks, torch.arange(padded) < len(chosen)
 
     def cached_latents(self, sample: dict) -> Tensor | None:
         """-> (F', 2C, h, w): mean, then log-variance."""
@@ -353,17 +411,33 @@ class SampleTransform:
         return features
 
 
-def square_reference(picture: Image.Image, entry: dict, size: int) -> tuple[Tensor, Tensor]:
-    """The square of the shortest side that holds the face, resized -> (3, S, S) in [-1, 1], landmarks (5, 2)."""
+def compare_cache(name: str, wanted: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Names of models are for people and not compared; fingerprints of weights only where both are known.
+
+    Raises:
+        ValueError: something else is recorded than wanted, or nothing.
+    """
+    for key, value in wanted.items():
+        found = recorded.get(key)
+        unknown = key == "weights" and None in (found, value)
+        if key != "model" and not unknown and found != value:
+            raise ValueError(
+                f"{name} is stale: {key} is {found!r} in its record ({recorded.get('model', 'no model')}), but "
+                f"{value!r} in cache_id ({wanted.get('model', 'no model')}); cache the tensors again with "
+                "`python -m mm_lightning.prepare`, or take them out of the shards."
+            )
+
+
+def square_reference(picture: Image.Image, entry: dict, size: int) -> tuple[np.ndarray, Tensor]:
+    """The square of the shortest side that holds the face, resized -> (S, S, 3) uint8, landmarks (5, 2)."""
     side = min(picture.size)
     x, y = (
         crop_offset(length, side, [entry["box"][axis], entry["box"][axis + 2]])
         for axis, length in enumerate(picture.size)
     )
     square = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
     landmarks = torch.tensor(entry["landmarks"], dtype=torch.float32)
-    return pixels, (landmarks + 0.5 - torch.tensor([x, y])) * (size / side) - 0.5
+    return np.asarray(square), (landmarks + 0.5 - torch.tensor([x, y])) * (size / side) - 0.5
 
 
 # Fields of a sample
@@ -373,7 +447,8 @@ def read_meta(sample: dict) -> dict:
     """Raises DamagedSample where `json` is missing, cut short, or lacks what is read here."""
     try:
         meta = json.loads(sample["json"])
-        meta = {name: meta[name] for name in ("width", "height", "num_frames", "faces", "references")}
+        wanted = ("width", "height", "num_frames", "faces", "references")
+        meta = {name: meta[name] for name in wanted} | {"cache": meta.get("cache") or {}}
         for face in [*filter(None, meta["faces"]), *meta["references"]]:
             if np.shape(face["box"]) != (4,) or np.shape(face["landmarks"]) != (5, 2):
                 raise ValueError(f"a box of shape {np.shape(face['box'])}, landmarks {np.shape(face['landmarks'])}")
@@ -393,11 +468,11 @@ def read_text(sample: dict) -> str:
 
 def read_faces(meta: dict, window: range) -> Faces:
     """Faces of the window's frames, in pixels of the stored target."""
-    boxes, landmarks = torch.zeros(len(window), 4), torch.zeros(len(window), 5, 2)
+    boxes, landmarks = np.zeros((len(window), 4), np.float32), np.zeros((len(window), 5, 2), np.float32)
     for row, frame in enumerate(window):
         if face := meta["faces"][frame]:
-            boxes[row], landmarks[row] = torch.tensor(face["box"]), torch.tensor(face["landmarks"])
-    return Faces(boxes, landmarks)
+            boxes[row], landmarks[row] = face["box"], face["landmarks"]
+    return Faces(torch.from_numpy(boxes), torch.from_numpy(landmarks))
 
 
 def read_tensors(sample: dict, name: str) -> dict[str, Tensor] | None:
@@ -443,11 +518,12 @@ def collate(samples: list[Sample]) -> Batch:
         latent_moments=stack_optional(samples, "latent_moments"),
         face_boxes=torch.stack([s.face_boxes for s in samples]),
         face_landmarks=torch.stack([s.face_landmarks for s in samples]),
-        references=torch.stack([s.references for s in samples]),
+        references=_stack(samples, [s.references for s in samples], "references"),
         reference_landmarks=torch.stack([s.reference_landmarks for s in samples]),
         reference_mask=mask,
         text=text and TextFeatures(text["prompt_embeds"], text["id_token_mask"].bool()),
         face=face and FaceFeatures(**face, reference_mask=mask),
+        weights=torch.tensor([s.weight for s in samples]),
     )
 
 
@@ -480,4 +556,10 @@ def _stack(samples: list[Sample], values: list[Tensor], name: str) -> Tensor:
     if len({value.shape for value in values}) > 1:
         shapes = {s.key: tuple(value.shape) for s, value in zip(samples, values, strict=True)}
         raise ValueError(f"{name}: different shapes in one batch: {shapes}; cache all of them with the same settings.")
-    return torch.stack(values)
+    if values[0].dtype == torch.uint8 and values[0].ndim == 4:
+        if len(values) == 1 and get_worker_info() is None:
+            return values[0][None]
+        rows = [value.permute(0, 2, 3, 1) for value in values]
+        stacked = torch.stack(rows) if rows[0].numel() * len(rows) <= MAX_SLOT_BYTES else default_collate(rows)
+        return stacked.permute(0, 1, 4, 2, 3)
+    return default_collate(values)  # within a worker straight into shared memory

@@ -55,6 +55,7 @@ class Batch(NamedTuple):
     reference_mask: Tensor  # (B, R) bool
     text: TextFeatures | None  # cached, else computed from captions
     face: FaceFeatures | None  # cached, else computed from references
+    weights: Tensor | None = None  # (B,) 1, or 0 for a stand-in of a damaged sample (its key is empty); None: all 1
 
 
 class NoisySample(NamedTuple):
