@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from mm_lightning.config import (
     check_config,
     check_devices,
+    limit_threads,
     log_hyperparameters,
     mark_latest,
     register_resolvers,
@@ -21,6 +22,7 @@ register_resolvers()
 def train(cfg: DictConfig) -> None:
     with short_errors():
         check_config(cfg)
+        limit_threads(cfg.num_threads)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         datamodule = instantiate(cfg.data)  # looks at the shards and reads none
         module = instantiate(cfg.model)  # looks at every path and loads none

@@ -150,6 +150,14 @@ def check_devices(trainer: Trainer, cfg: DictConfig) -> None:
         )
 
 
+def limit_threads(num_threads: int | None) -> None:
+    """Use so many threads for arithmetic on the CPU; None leaves it to torch."""
+    if num_threads is not None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads={num_threads}: give a number from 1, or null to leave it to torch.")
+        torch.set_num_threads(num_threads)
+
+
 # Records --------------------------------------------------------------------------------------------------------------
 
 

@@ -293,6 +293,7 @@ def refused(tiny_folder, sample_shards, tmp_path, monkeypatch):
         ("ckpt_path=LICENSE", ["LICENSE cannot be read as a training checkpoint"]),
         ("model.text_drop_rate=2", ["model.text_drop_rate=2 is no share", "from 0 to 1"]),
         ("model.frozen=[nonsense]", ["model.frozen names ['nonsense']", "'id_perceiver'"]),
+        ("num_threads=0", ["num_threads=0: give a number from 1"]),
         ("data.batch_size=3", ["global_batch_size=8 is no multiple of data.batch_size=3"]),
         ("trainer.devices=3", ["global_batch_size=8 is no multiple of", "x 3 devices"]),
         ("model.base_dtype=bfloat16", ["needs trainer.precision=bf16-mixed", "not 32-true"]),
