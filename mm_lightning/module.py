@@ -235,7 +235,7 @@ class MagicMirrorModule(LightningModule):
         identity = self.condition(text, features, drop_prompt, drop_identity)
         sample = self.diffusion.add_noise(latents, generators)  # NoisySample
         velocity = self.predict(sample.noisy_latents, sample.timestep, identity)
-        embed_references = partial(self.embed_references, batch)
+        embed_references = partial(self.embed_references, batch, features)
         embed_denoised = partial(self.embed_denoised, batch, ~drop_identity)
         loss = self.loss(velocity, sample, batch.face_boxes, embed_references, embed_denoised, generators)
         return loss, sample
@@ -293,9 +293,14 @@ class MagicMirrorModule(LightningModule):
     def dtype_of_base(self) -> torch.dtype:
         return self.transformer.patch_embed.proj.weight.dtype
 
-    def embed_references(self, batch: Batch) -> Tensor:
-        """What the loss's recogniser says of the reference photos (B, E), averaged over each person's."""
+    def embed_references(self, batch: Batch, features: FaceFeatures) -> Tensor:
+        """What the loss's recogniser says of the reference photos (B, E), averaged over each person's.
+
+        Where it is the condition's recogniser too, `features` hold that already.
+        """
         present = batch.reference_mask
+        if self.loss_recognizer == self.recognizer:
+            return average_reference_embedding(features.id_query, present)
         recognizer = self.face_decoder.recognizer
         embeddings = torch.zeros(*present.shape, recognizer.embed_dim, device=present.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

@@ -165,6 +165,16 @@ def test_identity_loss_reaches_the_adapter_and_weight_zero_skips_the_decode(make
     assert not torch.equal(grads[0.0], grads[1.0])
 
 
+def test_references_are_embedded_once_where_condition_and_loss_share_the_recogniser(make_module, make_batch):
+    """The identity query, averaged, is what the loss's own network says of the same photos."""
+    module, batch = make_module(experiment="stage2_video"), make_batch(experiment="stage2_video")
+    assert module.recognizer == module.loss_recognizer
+    features = module.encode_features(batch)
+    reused = module.embed_references(batch, features)
+    module.loss_recognizer = "another"
+    torch.testing.assert_close(module.embed_references(batch, features), reused, rtol=0, atol=1e-5)
+
+
 def count_calls(function, calls):
     def counted(*args):
         calls.append(1)

@@ -57,7 +57,7 @@ class CombinedLoss(nn.Module):
             total with gradient; terms "velocity" and "identity" without; counts "empty_face_mask", "identity".
         """
         velocity_loss, num_fallbacks = self.diffusion(velocity_pred, sample.velocity, face_boxes, generators)
-        identity_loss, applies = self._identity(velocity_pred, sample, ref_embed, embed_face)
+        identity_loss, applies = self._identity(velocity_pred, sample, ref_embed, embed_face, generators)
         total = velocity_loss + self.identity_weight * torch.where(applies, identity_loss, 0.0)
         return LossOutput(
             total=total,
@@ -71,8 +71,9 @@ class CombinedLoss(nn.Module):
         sample: NoisySample,
         ref_embed: Tensor | Callable[[], Tensor],
         embed_face: EmbedFace,
+        generators: Sequence[torch.Generator],
     ) -> tuple[Tensor, Tensor]:
-        wanted = self.identity.wanted(sample)
+        wanted = self.identity.wanted(sample, generators)
         if self.identity_weight == 0 or not wanted.any():
             return torch.full_like(sample.alpha_bar, torch.nan), torch.zeros_like(wanted)
         pred_embed, valid = embed_face(_denoised(velocity_pred, sample), wanted)

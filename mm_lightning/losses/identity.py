@@ -5,6 +5,8 @@ Letters: B batch, R references per sample, E width of the recogniser's embedding
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,29 +22,46 @@ class IdentityLoss(nn.Module):
 
     Args:
         max_timestep: the term applies to timesteps below this.
+        prob: in (0, 1], chance of such a sample to have its face decoded; below 1 each sample draws once from its own
+            generator. The term is not made larger for it, so its mean weight falls with prob.
 
     Raises:
-        ValueError: max_timestep is not positive, so that the term would never apply.
+        ValueError: max_timestep is not positive or prob not in (0, 1], so that the term would never apply.
     """
 
-    def __init__(self, max_timestep: int = 600) -> None:
+    def __init__(self, max_timestep: int = 600, prob: float = 1.0) -> None:
         super().__init__()
         if max_timestep <= 0:
             raise ValueError(
                 f"max_timestep must be positive, not {max_timestep}: the identity loss would never apply. "
                 "To train without it use NullIdentityLoss."
             )
+        if not 0.0 < prob <= 1.0:
+            raise ValueError(
+                f"The share of samples with an identity loss must lie in (0, 1], not {prob}. "
+                "To train without it use NullIdentityLoss."
+            )
         self.max_timestep = max_timestep
+        self.prob = prob
 
-    def wanted(self, sample: NoisySample) -> Tensor:
-        """Which samples need their face decoded: (B,) bool."""
+    def applies(self, sample: NoisySample) -> Tensor:
+        """Which samples show enough of a face: (B,) bool."""
         return sample.timestep < self.max_timestep
+
+    def wanted(self, sample: NoisySample, generators: Sequence[torch.Generator]) -> Tensor:
+        """Which samples need their face decoded: (B,) bool. generators: one CPU generator per sample."""
+        applies = self.applies(sample)
+        if self.prob == 1:
+            return applies
+        assert len(generators) == len(applies), f"{len(generators)} generators for {len(applies)} samples"
+        drawn = torch.stack([torch.rand((), generator=g) for g in generators]) < self.prob
+        return applies & drawn.to(applies.device)
 
     def forward(self, pred_embed: Tensor, ref_embed: Tensor, sample: NoisySample, valid: Tensor) -> Tensor:
         """
         Args:
             pred_embed, ref_embed: (B, E), of any length.
-            valid: (B,) bool, False where no face could be decoded.
+            valid: (B,) bool, False where no face was or could be decoded.
 
         Returns:
             (B,) in [0, 2], NaN where the term does not apply.
@@ -51,15 +70,19 @@ class IdentityLoss(nn.Module):
         with torch.autocast(pred_embed.device.type, enabled=False):
             distance = 1.0 - F.cosine_similarity(pred_embed, ref_embed, dim=-1)
         loss = sample.alpha_bar.float() * distance
-        return torch.where(self.wanted(sample) & valid, loss, torch.nan)
+        return torch.where(self.applies(sample) & valid, loss, torch.nan)
 
 
 class NullIdentityLoss(IdentityLoss):
     """No identity loss: takes `IdentityLoss`'s place, wants no face decoded, gives NaN for every sample."""
 
-    def wanted(self, sample: NoisySample) -> Tensor:
+    def applies(self, sample: NoisySample) -> Tensor:
         """(B,) all False."""
         return torch.zeros_like(sample.timestep, dtype=torch.bool)
+
+    def wanted(self, sample: NoisySample, generators: Sequence[torch.Generator]) -> Tensor:
+        """(B,) all False; draws nothing."""
+        return self.applies(sample)
 
 
 def average_reference_embedding(embeddings: Tensor, reference_mask: Tensor) -> Tensor:

@@ -91,6 +91,17 @@ def test_the_estimate_is_the_diffusions_own(embed_face):
     torch.testing.assert_close(embed_face.calls[0][0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_share_of_the_samples_is_decoded(embed_face):
+    loss = CombinedLoss(DiffusionLoss(WholeFrame()), IdentityLoss(600, prob=0.3), 1.0)
+    output = run(loss, noisy_sample(*[10] * 40), embed_face)
+    _, wanted = embed_face.calls[0]
+    assert 0 < wanted.sum() < 40
+    assert torch.equal(~output.terms["identity"].isnan(), wanted)
+    assert output.counts["identity"] == wanted.sum()
+    rest = output.terms["velocity"][~wanted]
+    torch.testing.assert_close(output.total[~wanted], rest, rtol=0, atol=0)
+
+
 def must_not_be_called(*_: Tensor) -> Tensor:
     raise AssertionError("the face was decoded or the reference embedded although no term needs it")
 

@@ -16,6 +16,10 @@ def noisy_sample(timestep: list[int]) -> NoisySample:
     return NoisySample(empty, empty, empty, empty, torch.tensor(timestep), alpha_bar)
 
 
+def generators(batch: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(batch)]
+
+
 def test_equals_numpy_in_float64():
     pred, ref = torch.randn(2, 4, 16, dtype=torch.float64) * 20
     sample = noisy_sample([0, 100, 350, 599])
@@ -30,7 +34,25 @@ def test_does_not_apply_above_the_limit_or_without_a_face():
     valid = torch.tensor([True, False, True, True])
     loss = IdentityLoss(max_timestep=600)(embed, -embed, noisy_sample([599, 10, 600, 999]), valid)
     assert loss.isnan().tolist() == [False, True, True, True]
-    assert IdentityLoss(600).wanted(noisy_sample([0, 599, 600])).tolist() == [True, True, False]
+    assert IdentityLoss(600).wanted(noisy_sample([0, 599, 600]), generators(3)).tolist() == [True, True, False]
+
+
+def test_a_share_of_the_samples_below_the_limit_is_wanted():
+    """Each by its own generator, whatever stands beside it."""
+    sample = noisy_sample([10] * 2000 + [700] * 200)
+    wanted = IdentityLoss(600, prob=0.25).wanted(sample, generators(2200))
+    assert not wanted[2000:].any()
+    assert wanted.sum().item() == pytest.approx(500, abs=80)  # four standard deviations
+    alone = [IdentityLoss(600, prob=0.25).wanted(noisy_sample([10]), generators(8)[i : i + 1]).item() for i in range(8)]
+    assert alone == wanted[:8].tolist()
+
+
+def test_all_samples_draw_nothing():
+    """So that a run without `prob` is the one it was before."""
+    (generator,) = generators(1)
+    before = generator.get_state()
+    assert IdentityLoss(600).wanted(noisy_sample([10]), [generator]).all()
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_zero_embeddings_of_undecoded_faces_leave_no_nan_in_the_gradient():
@@ -56,7 +78,7 @@ def test_cosine_stays_fp32_under_autocast():
 def test_null_object_never_applies():
     sample = noisy_sample([0, 10])
     loss = NullIdentityLoss(max_timestep=600)  # its counterpart's argument, as a configuration that swaps the class has
-    assert not loss.wanted(sample).any()
+    assert not loss.wanted(sample, generators(2)).any()
     embed = torch.randn(2, 8)
     assert loss(embed, embed, sample, torch.ones(2, dtype=torch.bool)).isnan().all()
 
@@ -65,6 +87,12 @@ def test_null_object_never_applies():
 def test_a_limit_that_excludes_everything_is_refused(max_timestep):
     with pytest.raises(ValueError, match="NullIdentityLoss"):
         IdentityLoss(max_timestep=max_timestep)
+
+
+@pytest.mark.parametrize("prob", [0, -0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(prob):
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], not .*NullIdentityLoss"):
+        IdentityLoss(prob=prob)
 
 
 def test_every_reference_has_the_same_say():
