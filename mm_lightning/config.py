@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,36 @@ def device_batch(global_batch_size: int, devices: int | str | list[int], num_nod
     return max((size for size in range(1, at_most + 1) if per_device % size == 0 and size <= per_device), default=1)
 
 
+def scaled(steps: int, scale: float) -> int:
+    """A number of steps of the long recipe at `scale`, at least 1.
+
+    Raises:
+        ValueError: `scale` is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(f"scale={scale}: give a positive number; 1 is the long recipe, 0.02 a quick trial.")
+    return max(1, round(steps * scale))
+
+
 def register_resolvers() -> None:
-    """`${accumulation:...}`, `${device_batch:...}`, `${micro_batches:steps,accumulated}`, `${folder_name:...}`."""
+    """`${accumulation:...}`, `${device_batch:...}`, `${micro_batches:steps,accumulated}`, `${folder_name:...}`,
+    `${scaled:steps,scale}`, `${chosen:group,overrides}`."""
+    OmegaConf.register_new_resolver("chosen", chosen, replace=True)
+    OmegaConf.register_new_resolver("scaled", scaled, replace=True)
     OmegaConf.register_new_resolver("device_batch", device_batch, replace=True)
     OmegaConf.register_new_resolver("accumulation", accumulation, replace=True)
     OmegaConf.register_new_resolver("micro_batches", lambda steps, accumulated: steps * accumulated, replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def chosen(group: str, overrides: Sequence[str]) -> str:
+    """What a command line chose of a group, as a folder's name; `full` where it chose nothing.
+
+    ("ablation", ["seed=1", "ablation=[no_can,no_drops]"]) -> "no_can,no_drops"
+    """
+    values = [override.partition("=")[2] for override in overrides if override.startswith(f"{group}=")]
+    names = [name for name in re.split(r"[^\w-]+", values[-1] if values else "") if name not in ("", "null")]
+    return folder_name(",".join(names)) or "full"
 
 
 def folder_name(text: str, max_length: int = 100) -> str:
@@ -119,7 +143,8 @@ def check_config(cfg: DictConfig) -> None:
         FileNotFoundError: `ckpt_path` is not there.
     """
     OmegaConf.resolve(cfg)
-    base_dtype, precision = cfg.model.base_dtype, str(cfg.trainer.precision)
+    base_dtype = cfg.model.get("base_dtype", "float32")  # models without a frozen base do not say
+    precision = str(cfg.trainer.precision)
     if base_dtype not in PRECISIONS:
         raise ValueError(f"model.base_dtype={base_dtype}: give one of {', '.join(PRECISIONS)}.")
     expected = PRECISIONS[base_dtype]

@@ -17,6 +17,7 @@ from mm_lightning.config import (
     accumulation,
     check_config,
     check_devices,
+    chosen,
     count_devices,
     device_batch,
     flatten,
@@ -115,6 +116,23 @@ def test_resolvers_stand_for_the_functions():
     assert cfg.size == device_batch(8, 2, 1, 4) == 4
     assert cfg.validation == 100
     assert cfg.folder == "ablation=-no_can,no_drops-,paths.output_dir=-some-where"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["seed=1", "ablation=[no_can,no_drops]"], "no_can,no_drops"),
+        (["ablation=no_can", "model.init_adapter=x"], "no_can"),
+        (["ablation=['no_can', no_drops]"], "no_can,no_drops"),
+        (["ablation=[]"], "full"),
+        (["ablation=null"], "full"),
+        (["seed=1", "model.ablation=x"], "full"),
+    ],
+)
+def test_what_was_chosen_names_a_folder(overrides, name):
+    assert chosen("ablation", overrides) == name
+    cfg = OmegaConf.create({"given": overrides, "folder": "${chosen:ablation,${given}}-seed0"})
+    assert cfg.folder == f"{name}-seed0"
 
 
 def test_folder_names_are_one_folder():

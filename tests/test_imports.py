@@ -30,6 +30,8 @@ DATAMODULES_MAY_IMPORT = {"types"}
 # Commands that live in a part but look at all of them; in return nothing may import them but another command.
 COMMANDS = {"mm_lightning.adapters.size"}
 OTHER_COMMANDS = {"mm_lightning.benchmark_step"}
+# A world to try the method in: it stands on everything, and nothing stands on it.
+MINIATURE = "mm_lightning.miniature"
 
 
 def module_name(file: Path) -> str:
@@ -140,3 +142,11 @@ def test_nothing_imports_a_command(command):
         module_name(file) for file in ALL_FILES for name in imports_of(file) if f"{name}.".startswith(f"{command}.")
     }
     assert guilty <= OTHER_COMMANDS
+
+
+def test_nothing_outside_imports_the_miniature():
+    outside = [file for file in ALL_FILES if not f"{module_name(file)}.".startswith(f"{MINIATURE}.")]
+    guilty = {
+        module_name(file) for file in outside for name in imports_of(file) if f"{name}.".startswith(f"{MINIATURE}.")
+    }
+    assert guilty == set()

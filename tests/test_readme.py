@@ -209,7 +209,7 @@ def test_example_json_is_read_by_the_data_modules():
 
 def test_pictures_are_what_the_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs/figure.py"))["draw_all"]()
-    assert {f"docs/{name}" for name in drawn} == set(re.findall(r'(?:src|srcset)="([^"]+)"', README))
+    assert {f"docs/{name}" for name in drawn} == set(re.findall(r'(?:src|srcset)="([^"]+\.svg)"', README))
     for name, drawing in drawn.items():
         found = (ROOT / "docs" / name).read_bytes()
         assert drawing.encode() == found, f"docs/{name} is not what docs/figure.py draws: run it"
