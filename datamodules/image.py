@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,36 +99,24 @@ class ShardDataModule(L.LightningDataModule):
         cache_gb: float = 50.0,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer, "num_lanes": num_lanes}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is a share between 0 and 1, got {max_bad_share}.")
-        options = {
-            "reference_size": reference_size,
-            "num_references": num_references,
-            "seed": seed,
-            "spatial_compression": spatial_compression,
-            "temporal_compression": temporal_compression,
-            "cache_id": cache_id,
-        }
+        check_counts(batch_size=batch_size, shuffle_buffer=shuffle_buffer, num_lanes=num_lanes)
+        check_share(max_bad_share)
+        vae = {"spatial_compression": spatial_compression, "temporal_compression": temporal_compression}
+        references = {"reference_size": reference_size, "num_references": num_references}
+        options = {**vae, **references, "seed": seed, "cache_id": cache_id}
         self.buckets = [Bucket(*bucket) for bucket in buckets or [(num_frames, height, width)]]
         self.train_transform = BucketTransform(self.buckets, flip_probability=flip_probability, **options)
         self.val_transform = BucketTransform([Bucket(num_frames, height, width)], random_window=False, **options)
         self.sources, self.weights = self.resolve(shards, weights)
-        whole_weights(self.weights)
         self.val_sources = self.sources if val_shards is None else self.resolve(val_shards)[0]
         self.shard_cache = ShardCache(cache_dir or default_folder(), round(cache_gb * 1e9))
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.num_val_samples, self.max_bad_share = num_val_samples, max_bad_share
         self.shuffle_buffer, self.num_lanes = shuffle_buffer, num_lanes
-        self.log_folder: tempfile.TemporaryDirectory | None = None
-        self.log: SkipLog | None = None
         self.position = Position()
+        self.restored: dict[str, Any] | None = None
         # Shards that were missing when the run first started stay out of the order, so that it never changes.
         self.excluded = [url for found in self.sources.values() for url in found.missing]
-        self.restored: dict[str, Any] | None = None
 
     def resolve(self, shards: Any, weights: Mapping[str, float] | None = None) -> tuple[dict[str, ShardSet], dict]:
         """Finds the shards and checks that their index says what this module delivers."""
@@ -137,6 +126,7 @@ class ShardDataModule(L.LightningDataModule):
                 raise ValueError(
                     f"shards {shards}: a set of kind {found.kind!r}, {type(self).__name__} takes {self.kind!r}."
                 )
+        whole_weights(shares)
         return sources, shares
 
     # Streams --------------------------------------------------------------------------------------------------------
@@ -168,7 +158,7 @@ class ShardDataModule(L.LightningDataModule):
         """Within a trainer pictures travel as bytes, until `on_after_batch_transfer`."""
         transform.set_bytes(isinstance(self.trainer, L.Trainer))
         limits = {"max_bad_share": self.max_bad_share, **self.placement()}
-        return ShardStream(catalog, order, transform, collate, stand_in, self.skip_log(), **limits, **options)
+        return ShardStream(catalog, order, transform, collate, stand_in, self.skip_log, **limits, **options)
 
     def loader(self, stream: ShardStream, num_workers: int, persistent: bool = False) -> DataLoader:
         """Workers of training are started anew with each iteration, from where the last one stopped."""
@@ -233,16 +223,15 @@ class ShardDataModule(L.LightningDataModule):
 
     # Damage ---------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def skip_log(self) -> SkipLog:
         """The record that this rank's readers share."""
-        if self.log is None:
-            self.log_folder = tempfile.TemporaryDirectory(prefix="magicmirror-")
-            self.log = SkipLog(Path(self.log_folder.name) / "skipped.jsonl")
-        return self.log
+        self.log_folder = tempfile.TemporaryDirectory(prefix="magicmirror-")  # goes with the module
+        return SkipLog(Path(self.log_folder.name) / "skipped.jsonl")
 
     def note_lost_shards(self, catalog: Catalog) -> None:
         """Names the shards that are left out as a whole."""
-        log = self.skip_log()
+        log = self.skip_log
         counts = {shard.url: shard.num_samples for found in self.sources.values() for shard in found.shards}
         for url in self.excluded:
             log.record(SkippedSample(url, "", "the shard is missing", counts[url] or 1))
@@ -252,7 +241,18 @@ class ShardDataModule(L.LightningDataModule):
     @property
     def skipped(self) -> list[SkippedSample]:
         """Every sample and shard that this rank had to leave out so far, each once."""
-        return self.skip_log().entries()
+        return self.skip_log.entries()
+
+
+def check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_share(max_bad_share: float) -> None:
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"max_bad_share is a share between 0 and 1, got {max_bad_share}.")
 
 
 class BucketTransform:

@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from datamodules.order import MixedOrder, Order, Places, ShuffledOrder, whole_weights
 from datamodules.resolve import ShardSet, resolve_shards, resolve_sources
 from datamodules.shard_cache import ShardCache, is_remote
-from datamodules.slots import Slots
+from datamodules.slots import Slot, Slots
 from datamodules.tars import (
     UNKNOWN_SIZE,
     DamagedSample,
@@ -258,7 +258,7 @@ class ShardStream(IterableDataset):
         catalog: what is read.
         order: in which order.
         decode: sample -> item.
-        collate: items -> batch.
+        collate: items -> batch; within a `SlotLoader` also (items, slot) -> batch, see `datamodules.slots`.
         stand_in: an item -> one of weight 0 that takes the place of a damaged one.
         batch_size: per rank.
         num_samples: None streams for ever, the trainer stops; otherwise the first so many of the global order.
@@ -276,7 +276,7 @@ class ShardStream(IterableDataset):
         catalog: Catalog,
         order: Order,
         decode: Decode,
-        collate: Callable[[list], Any],
+        collate: Callable[..., Any],
         stand_in: Callable[[Any], Any],
         skip_log: SkipLog,
         *,
@@ -296,9 +296,9 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.batches(self.start.consumed, worker_id, num_workers)
+        return self.batches(self.start.consumed, worker_id, num_workers, self.slots)
 
-    def batches(self, first: int, worker: int = 0, num_workers: int = 1) -> Iterator[Any]:
+    def batches(self, first: int, worker: int = 0, num_workers: int = 1, slots: Slots | None = None) -> Iterator[Any]:
         """The batches that one worker delivers, from a position on."""
         reading = Reading(self, num_readers=self.world_size * num_workers)
         for places, position in batch_places(
@@ -311,8 +311,9 @@ class ShardStream(IterableDataset):
             worker=worker,
             num_workers=num_workers,
         ):
-            batch = reading.batch(places, position)
-            yield batch if self.slots is None else self.slots.put(batch)
+            slot = slots and slots.free_slot()
+            batch = reading.batch(places, position, slot)
+            yield slot.park(batch) if slot else batch
 
 
 def batch_places(
@@ -354,7 +355,8 @@ class Reading:
         in_a_pass = sum(shard.num_samples or 0 for shard in self.reader.shards)
         self.horizon = max(MIN_SAMPLES_JUDGED, min(in_a_pass, MAX_SAMPLES_JUDGED) // num_readers)
 
-    def batch(self, places: Places, position: int) -> Any:
+    def batch(self, places: Places, position: int, slot: Slot | None = None) -> Any:
+        """`slot`: where the pictures are to be put together."""
         items = [self.item(*place) for place in zip(*(values.tolist() for values in places), strict=True)]
         self.num_met += len(items)
         self.num_damaged += sum(item is None for item in items)
@@ -364,7 +366,7 @@ class Reading:
             if healthy is None:
                 healthy = self._look_ahead(position, int(places.bucket[0]))
             items = [self.stream.stand_in(healthy) if item is None else item for item in items]
-        return self.stream.collate(items)
+        return self.stream.collate(items) if slot is None else self.stream.collate(items, slot)
 
     def item(self, shard: int, i: int, epoch: int, bucket: int) -> Any | None:
         """None for one that is damaged, which is noted."""

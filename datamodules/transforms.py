@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 from torch.utils.dlpack import from_dlpack
 
-from datamodules.slots import MAX_SLOT_BYTES
+from datamodules.slots import Slot
 from datamodules.tars import DamagedSample
 from mm_lightning.types import Batch, FaceFeatures, TextFeatures
 
@@ -79,13 +81,13 @@ class CropPlan(NamedTuple):
     target: tuple[int, int]
     mirror: bool = False
 
-    def map_points(self, points: Tensor) -> Tensor:
-        """(..., 2) pixels of the source -> pixels of the delivered picture."""
+    def map_points(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) float32, pixels of the source -> pixels of the delivered picture."""
         scale = np.float32(self.resized) / np.float32(self.source)
-        points = (points.numpy() + np.float32(0.5)) * scale - np.float32(0.5) - np.float32(self.offset)
+        points = (points + np.float32(0.5)) * scale - np.float32(0.5) - np.float32(self.offset)
         if self.mirror:
             points[..., 0] = self.target[0] - 1 - points[..., 0]
-        return torch.from_numpy(points)
+        return points
 
 
 def generator_for(seed: int, epoch: int, key: str) -> torch.Generator:
@@ -132,18 +134,20 @@ def crop_offset(length: int, window: int, faces: list[float] | None) -> int:
             start = (first + last + 1 - window) / 2
         else:
             start = min(max(start, last + 1 - window), first)
-    return int(np.clip(np.floor(start + 0.5), 0, length - window))
+    return min(max(math.floor(start + 0.5), 0), length - window)
 
 
 def map_faces(plan: CropPlan, faces: Faces) -> Faces:
     """Faces of the source -> faces of the delivered picture; one whose centre is cut off counts as none."""
-    corners = plan.map_points(faces.boxes.unflatten(-1, (2, 2))).numpy()  # (F, 2, 2)
-    first, last = corners.min(-2), corners.max(-2)  # upright after mirroring
-    landmarks = plan.map_points(faces.landmarks).numpy()
+    boxes, landmarks = faces.boxes.numpy(), faces.landmarks.numpy()
+    shown = has_face(boxes)
+    points = plan.map_points(np.concatenate([boxes.reshape(-1, 2, 2), landmarks], 1))  # (F, 2 + 5, 2)
+    first, last, landmarks = points[:, 0], points[:, 1], points[:, 2:]
     if plan.mirror:
         landmarks = landmarks[:, MIRRORED]
+        first[:, 0], last[:, 0] = last[:, 0].copy(), first[:, 0].copy()
     edge, centre = np.float32(plan.target) - 1, (first + last) / 2
-    kept = has_face(faces.boxes.numpy()) & (centre >= -0.5).all(-1) & (centre <= edge + 0.5).all(-1)
+    kept = shown & (centre >= -0.5).all(-1) & (centre <= edge + 0.5).all(-1)
     boxes = np.concatenate([first, last], -1).clip(0, np.tile(edge, 2))  # (F, 4)
     return Faces(torch.from_numpy(boxes * kept[:, None]), torch.from_numpy(landmarks * kept[:, None, None]))
 
@@ -211,8 +215,17 @@ def cut(frames: np.ndarray, plan: CropPlan) -> Tensor:
     """Frames at the resized size (F, H', W', 3) uint8 -> (F, 3, H, W) uint8, channels last in memory."""
     (x, y), (width, height) = plan.offset, plan.target
     frames = frames[:, y : y + height, x : x + width]
-    frames = np.ascontiguousarray(frames[:, :, ::-1]) if plan.mirror else frames
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return as_tensor(np.ascontiguousarray(frames[:, :, ::-1]) if plan.mirror else frames)
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """(N, H, W, 3) -> (N, 3, H, W) that shares its memory, also where that is Pillow's and not to be written to."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # PyTorch warns, once in a process, of memory that is not to be written to
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -231,8 +244,8 @@ def from_bytes(batch: Batch) -> Batch:
 
 
 def resize_picture(picture: Image.Image, plan: CropPlan) -> np.ndarray:
-    """-> (1, H', W', 3) uint8."""
-    return np.array(picture.resize(plan.resized, Image.Resampling.LANCZOS))[None]
+    """-> (1, H', W', 3) uint8, to be read only."""
+    return np.asarray(picture.resize(plan.resized, Image.Resampling.LANCZOS))[None]
 
 
 def _first_line(error: Exception) -> str:
@@ -336,8 +349,8 @@ class SampleTransform:
                 f"num_frames={self.num_frames} and flip_probability={self.flip_probability} are wanted; set these to "
                 f"{meta['num_frames']} and 0, or remove the cached latents."
             )
-        start = int(torch.randint(spare + 1, (), generator=generator)) if self.random_window else 0
-        mirror = bool(torch.rand((), generator=generator) < self.flip_probability)
+        start = int(torch.randint(spare + 1, (), generator=generator)) if spare and self.random_window else 0
+        mirror = bool(self.flip_probability) and float(torch.rand((), generator=generator)) < self.flip_probability
         window = range(start, start + self.num_frames)
         faces = read_faces(meta, window)
         return plan_crop((meta["width"], meta["height"]), self.target, faces.boxes, mirror), window, faces
@@ -362,21 +375,25 @@ class SampleTransform:
         """Which of the stored references are shown, in stored order."""
         if not available:
             raise DamagedSample("no reference picture")
-        if not self.random_window:
+        if not self.random_window or available == 1:
             return list(range(min(available, self.num_references)))
         return sorted(torch.randperm(available, generator=generator)[: self.num_references].tolist())
 
     def references(self, sample: dict, meta: dict, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """-> pictures (R, 3, S, S) uint8, landmarks (R, 5, 2), mask (R,)."""
         size, padded = self.reference_size, self.num_references
-        pictures, landmarks = np.zeros((padded, size, size, 3), np.uint8), torch.zeros(padded, 5, 2)
-        for slot, index in enumerate(chosen):
+        squares, landmarks = [], np.zeros((padded, 5, 2), np.float32)
+        for place, index in enumerate(chosen):
             entry = meta["references"][index]
             if entry["file"] not in sample:
                 raise DamagedSample(f"{entry['file']} is missing")
             picture = decode_picture(sample[entry["file"]], entry["file"])
-            pictures[slot], landmarks[slot] = square_reference(picture, entry, size)
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2), landmarks, torch.arange(padded) < len(chosen)
+            square, landmarks[place] = square_reference(picture, entry, size)
+            squares.append(square)
+        squares += [np.zeros_like(squares[0])] * (padded - len(chosen))
+        pictures = squares[0][None] if padded == 1 else np.stack(squares)
+        mask = torch.tensor([place < len(chosen) for place in range(padded)])
+        return as_tensor(pictures), torch.from_numpy(landmarks), mask
 
     def cached_latents(self, sample: dict) -> Tensor | None:
         """-> (F', 2C, h, w): mean, then log-variance."""
@@ -428,7 +445,7 @@ def compare_cache(name: str, wanted: Mapping[str, Any], recorded: Mapping[str, A
             )
 
 
-def square_reference(picture: Image.Image, entry: dict, size: int) -> tuple[np.ndarray, Tensor]:
+def square_reference(picture: Image.Image, entry: dict, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The square of the shortest side that holds the face, resized -> (S, S, 3) uint8, landmarks (5, 2)."""
     side = min(picture.size)
     x, y = (
@@ -436,8 +453,8 @@ def square_reference(picture: Image.Image, entry: dict, size: int) -> tuple[np.n
         for axis, length in enumerate(picture.size)
     )
     square = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-    landmarks = torch.tensor(entry["landmarks"], dtype=torch.float32)
-    return np.asarray(square), (landmarks + 0.5 - torch.tensor([x, y])) * (size / side) - 0.5
+    landmarks = np.array(entry["landmarks"], np.float32) + np.float32(0.5) - np.float32([x, y])
+    return np.asarray(square), landmarks * np.float32(size / side) - np.float32(0.5)
 
 
 # Fields of a sample
@@ -502,8 +519,8 @@ def _required(tensors: dict[str, Tensor], key: str, name: str) -> Tensor:
 # Samples -> Batch
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stacks samples.
+def collate(samples: list[Sample], slot: Slot | None = None) -> Batch:
+    """Stacks samples; bytes of pictures into `slot`, if it is given.
 
     Raises:
         ValueError: cached tensors in some samples and not in others, or of different shapes.
@@ -514,11 +531,11 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(
         keys=[s.key for s in samples],
         captions=[s.caption for s in samples],
-        pixels=stack_optional(samples, "pixels"),
+        pixels=stack_optional(samples, "pixels", slot),
         latent_moments=stack_optional(samples, "latent_moments"),
         face_boxes=torch.stack([s.face_boxes for s in samples]),
         face_landmarks=torch.stack([s.face_landmarks for s in samples]),
-        references=_stack(samples, [s.references for s in samples], "references"),
+        references=_stack(samples, [s.references for s in samples], "references", slot),
         reference_landmarks=torch.stack([s.reference_landmarks for s in samples]),
         reference_mask=mask,
         text=text and TextFeatures(text["prompt_embeds"], text["id_token_mask"].bool()),
@@ -527,10 +544,10 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def stack_optional(samples: list[Sample], name: str) -> Tensor | None:
+def stack_optional(samples: list[Sample], name: str, slot: Slot | None = None) -> Tensor | None:
     """Stacks a tensor that all samples have or none has."""
     values = [getattr(sample, name) for sample in samples]
-    return _stack(samples, values, name) if _all_or_none(samples, values, name) else None
+    return _stack(samples, values, name, slot) if _all_or_none(samples, values, name) else None
 
 
 def stack_cached(samples: list[Sample], name: str) -> dict[str, Tensor] | None:
@@ -552,14 +569,20 @@ def _all_or_none(samples: list[Sample], values: list, name: str) -> bool:
     return not absent
 
 
-def _stack(samples: list[Sample], values: list[Tensor], name: str) -> Tensor:
+def _stack(samples: list[Sample], values: list[Tensor], name: str, slot: Slot | None = None) -> Tensor:
     if len({value.shape for value in values}) > 1:
         shapes = {s.key: tuple(value.shape) for s, value in zip(samples, values, strict=True)}
         raise ValueError(f"{name}: different shapes in one batch: {shapes}; cache all of them with the same settings.")
     if values[0].dtype == torch.uint8 and values[0].ndim == 4:
-        if len(values) == 1 and get_worker_info() is None:
-            return values[0][None]
-        rows = [value.permute(0, 2, 3, 1) for value in values]
-        stacked = torch.stack(rows) if rows[0].numel() * len(rows) <= MAX_SLOT_BYTES else default_collate(rows)
-        return stacked.permute(0, 1, 4, 2, 3)
+        return _stack_pictures(values, slot)
     return default_collate(values)  # within a worker straight into shared memory
+
+
+def _stack_pictures(values: list[Tensor], slot: Slot | None) -> Tensor:
+    """(F, 3, H, W) uint8 each -> (B, F, 3, H, W), channels last in memory as they were."""
+    if len(values) == 1 and get_worker_info() is None:
+        return values[0][None]
+    rows = [value.permute(0, 2, 3, 1) for value in values]
+    room = slot and slot.empty((len(rows), *rows[0].shape))
+    stacked = default_collate(rows) if room is None else torch.stack(rows, out=room)
+    return stacked.permute(0, 1, 4, 2, 3)

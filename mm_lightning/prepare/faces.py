@@ -23,7 +23,7 @@ class DetectedFace(NamedTuple):
 
     box: np.ndarray  # (4,) float32, x0 y0 x1 y1
     landmarks: np.ndarray  # (5, 2) float32, eyes, nose, mouth corners; the viewer's left first
-    score: float  # dlib's detection confidence; above 0, a clear frontal face scores 1 to 3
+    score: float | None  # dlib's: above 0, a clear frontal face has 1 to 3; None of one put in between two detections
 
 
 def model_path(name: str) -> Path:

@@ -30,7 +30,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "face_size": Measure("Face size", "pixels, side of the square of the box's area"),
-    "similarity": Measure("Similarity of the best reference", "cosine"),
+    "similarity": Measure("Similarity of the best reference, own crops aside", "cosine"),
     "motion": Measure("Motion", "score"),
     "clip_seconds": Measure("Clip length", "seconds"),
     "caption_words": Measure("Caption length", "words"),

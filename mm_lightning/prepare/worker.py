@@ -209,7 +209,8 @@ def summarise(sample: Sample) -> dict[str, Any]:
 def measure(sample: Sample, boxes: list[list[float]]) -> dict[str, float]:
     """What the report draws histograms of."""
     meta = sample.meta
-    similarities = [r["similarity"] for r in meta.get("references") or [] if r.get("similarity") is not None]
+    others = [r for r in meta.get("references") or [] if r.get("kind") != "own"]  # the own crop is the target itself
+    similarities = [r["similarity"] for r in others if r.get("similarity") is not None]
     measures: dict[str, float] = {"caption_words": len((sample.caption or "").split())}
     if boxes:
         measures["face_size"] = statistics.median(map(face_size, boxes))

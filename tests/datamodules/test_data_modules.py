@@ -380,7 +380,7 @@ def test_the_mixture_of_the_configuration(make_shards, tmp_path):
         make_shards(4, 2, name=name)
     cfg = compose_train("experiment=stage1_image", "data=mixture", f"paths.shards_dir={tmp_path}", "paths.run_dir=run")
     small = {"num_workers": 0, "height": 56, "width": 80, "reference_size": 16, "batch_size": 4}
-    options = {"buckets": [[56, 80], [80, 56]], "cache_id": {"text": {"words": ["man"]}}}
+    options = {"buckets": [[56, 80], [80, 56]]}
     module = instantiate(OmegaConf.merge(cfg.data, small, options))
     assert list(module.sources) == ["laion_face", "sfhq", "ffhq_pairs"]
     assert [len(set(b.keys)) > 1 for b in batches(module, 3)] == [True] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -167,15 +168,46 @@ def start(shards, folder, **options):
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **silent)
 
 
+def lines_seen(folder):
+    return sum(len(file.read_text().splitlines()) for file in folder.glob("keys.*"))
+
+
 def kill_after(process, folder, num_lines):
     """kill -9 for it and its ranks, once so many batches were seen."""
     deadline = time.monotonic() + 120
-    while sum(len(file.read_text().splitlines()) for file in folder.glob("keys.*")) < num_lines:
+    while lines_seen(folder) < num_lines:
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(shards, tmp_path):
+    """kill -9 at twenty random moments, each with its own number of workers and of batches per step."""
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "killed").mkdir()
+    folder, options, draw = tmp_path / "killed", {"max_steps": 300, "data": OPTIONS}, random.Random(0)
+    run(shards, tmp_path / "undisturbed", **options, save_every=1000)
+    undisturbed = read_steps(tmp_path / "undisturbed" / "keys")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.datamodules.resume_run"])
+    for attempt in range(20):
+        chosen = {"batch_size": draw.choice([1, 2, 4]), "num_workers": draw.choice([0, 0, 1]), "attempt": attempt}
+        process = server.Process(target=run, args=(shards, folder), kwargs=options | chosen)
+        wanted = lines_seen(folder) + draw.randint(1, 16)
+        process.start()
+        while lines_seen(folder) < wanted:
+            assert process.is_alive(), "ended before it could be killed"
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+    run(shards, folder, **options, attempt=20)
+    assert read_steps(folder / "keys") == undisturbed
+    for line in (folder / "keys.0").read_text().splitlines():  # what was done again, was done alike
+        step, _, keys = json.loads(line)
+        assert set(keys) <= set(undisturbed[step])
 
 
 def test_killed_and_resumed_on_one_two_and_one_rank(shards, tmp_path):

@@ -116,6 +116,7 @@ def odd_pictures() -> Iterator[Input]:
         "rotated_exif.jpg": encode(lying, exif=exif, quality=95),
         "png_called.jpg": encode(portrait(), "PNG"),
         "webp.webp": encode(portrait(), "WEBP", quality=95),
+        "20000_wide.jpg": encode(panorama()),
         "ひとの顔 — naïve é☺.jpg": encode(portrait(264)),
         "two.dots.in.name.jpg": encode(portrait(272)),
     }
@@ -168,6 +169,13 @@ def break_middle(data: bytes) -> bytes:
     """Three hundred bytes of the middle overwritten."""
     middle = len(data) // 2
     return data[:middle] + bytes(300) + data[middle + 300 :]
+
+
+def panorama() -> Image.Image:
+    """A person in the middle of 20,000 pixels."""
+    canvas = Image.new("RGB", (20_000, 256), (90, 110, 130))
+    canvas.paste(portrait(), (9_800, 0))
+    return canvas
 
 
 def small_face() -> Image.Image:

@@ -20,6 +20,7 @@ import ray
 
 from mm_lightning.prepare import engine, worker
 from mm_lightning.prepare.engine import Preparation
+from mm_lightning.prepare.sample import Sample
 from mm_lightning.prepare.shards import ShardWriter, damaged_shards
 from mm_lightning.prepare.sources import ImageFolder, Img2datasetTars
 from mm_lightning.prepare.watch import TooManyErrorsError, Watch
@@ -429,6 +430,19 @@ def test_nothing_accepted_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"no sample was accepted; .*report\.html says why"):
         prepared(raw, tmp_path / "out").run()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_items"] == 3
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        ([], None),
+        ([{"kind": "own", "similarity": 1.0}], None),
+        ([{"kind": "own", "similarity": 1.0}, {"kind": "moment", "similarity": 0.94}, {"similarity": 0.9}], 0.94),
+    ],
+)
+def test_the_own_crop_does_not_count_as_similar(references, expected):
+    sample = Sample("k", "image", "test", meta={"references": references})
+    assert worker.summarise(sample)["measures"].get("similarity") == expected
 
 
 def test_summaries_reach_the_steps_as_they_were(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -26,6 +27,7 @@ from mm_lightning.prepare.engine import Preparation
 from mm_lightning.prepare.report import Report, histogram, write_report
 from mm_lightning.prepare.worker import StageCount
 from tests.prepare.small_stages import HERE, draw_pictures
+from tests.prepare.stages.tiny_sdxl import make_photomaker, make_sdxl
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(file.stem for file in (CONF / "source").glob("*.yaml"))
@@ -85,13 +87,44 @@ def test_a_source_composes_and_is_built(name, tmp_path):
             assert callable(get_object(stage["_target_"]))
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_the_command_at_the_head_of_a_source_names_it(name):
-    head = re.sub(r"\\\n# +", "", (CONF / "source" / f"{name}.yaml").read_text())
+def composed_as_the_head_says(file):
+    head = re.sub(r"\\\n# +", "", (CONF / file).read_text())
     (command,) = re.findall(r"# +python -m mm_lightning\.prepare (.*)", head)
     cfg = composed(*command.split())
-    assert cfg.source.name == name
     assert not OmegaConf.missing_keys(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_command_at_the_head_of_a_source_names_it(name):
+    assert composed_as_the_head_says(f"source/{name}.yaml").source.name == name
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"), [("cache/image", "cache"), ("cache/video", "cache"), ("references/photomaker", "synthesised")]
+)
+def test_stages_that_are_taken_in(file, stage, tmp_path):
+    """By the command at their head; they stand where the list of stages has them, and say what is missing."""
+    cfg = composed_as_the_head_says(f"{file}.yaml")
+    listed = composed(f"stages={'video' if cfg.source.name == 'videos' else 'image'}", *GIVEN).stages
+    assert listed[stage] is None
+    assert list(cfg.stages) == list(listed)
+    with pytest.raises(InstantiationException, match=r"FileNotFoundError.*weights/"):
+        instantiate(cfg.stages[stage])
+
+
+def test_taken_in_stages_are_built_with_models_that_are_there(tiny_folder, tmp_path):
+    given = [f"stages.cache.base={tiny_folder}", f"stages.cache.vision={tiny_folder}/image_encoder"]
+    for kind in ("image", "video"):
+        stages = composed(f"stages={kind}", *GIVEN, f"+cache={kind}", *given, "stages.cache.recognizer=dlib").stages
+        assert instantiate(stages.cache).transform.num_frames == {"image": 1, "video": 49}[kind]
+    sdxl, photomaker = make_sdxl(tmp_path / "sdxl"), make_photomaker(tmp_path / "photomaker-v2.bin")
+    given = [
+        f"stages.synthesised.generator.{name}={path}" for name, path in (("base", sdxl), ("photomaker", photomaker))
+    ]
+    stages = composed(*GIVEN, "+references=photomaker", *given, "stages.synthesised.generator.recognizer=dlib").stages
+    assert instantiate(stages.synthesised).generator.base == sdxl
+    assert stages.own_crop is None
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,25 @@ def describe_cache(
             "dtype": dtype,
             "extra_identity_words": sorted(extra_identity_words),
         }
+    return records
+
+
+def expected_cache(
+    base: str,
+    vision: str,
+    recognizer: str,
+    dtype: str = "bfloat16",
+    extra_identity_words: Iterable[str] = (),
+    root: str = DEFAULT_ROOT,
+) -> dict[str, dict[str, Any]]:
+    """`describe_cache` of a training's models, for its data module's `cache_id`.
+
+    Parts whose models are not to be found are left out: the training itself says what it lacks.
+    """
+    records = {}
+    for part in PARTS:
+        with suppress(FileNotFoundError, ValueError):
+            records |= describe_cache(base, vision, recognizer, [part], dtype, extra_identity_words, root)
     return records
 
 

@@ -137,6 +137,15 @@ def check_detector(name_or_folder: str, root: str) -> None:
         )
 
 
+def check_sizes(smallest: int, min_face_size: int) -> None:
+    """
+    Raises:
+        ValueError: faces that would be large enough are not looked for.
+    """
+    if smallest > min_face_size:
+        raise ValueError(f"smallest={smallest} must not exceed min_face_size={min_face_size}.")
+
+
 def find_detector(name_or_folder: str, root: str) -> Path | None:
     """The detector's ONNX file, None where there is none; ValueError where there are several."""
     given = Path(name_or_folder).expanduser()
@@ -193,8 +202,7 @@ class DetectFaces:
         border: float = 0.02,
         root: str = DEFAULT_ROOT,
     ) -> None:
-        if smallest > min_face_size:
-            raise ValueError(f"smallest={smallest} must not exceed min_face_size={min_face_size}.")
+        check_sizes(smallest, min_face_size)
         check_detector(detector, root)
         self.detector, self.root, self.min_score = detector, root, min_score
         self.min_face_size, self.smallest, self.border = min_face_size, smallest, border
@@ -287,7 +295,8 @@ def is_cut(box: np.ndarray, shape: tuple[int, ...], border: float) -> bool:
 def face_record(face: DetectedFace) -> dict[str, Any]:
     """As `{key}.json` holds it."""
     record = {"box": face.box, "landmarks": face.landmarks.astype(float)}
-    return {name: np.round(value, 2).tolist() for name, value in record.items()} | {"score": round(face.score, 4)}
+    score = None if face.score is None else round(face.score, 4)
+    return {name: np.round(value, 2).tolist() for name, value in record.items()} | {"score": score}
 
 
 def detector_record(detector: FaceDetector, min_score: float | None, smallest: int) -> dict[str, Any]:

@@ -99,12 +99,13 @@ def one_thread() -> Iterator[None]:
 
 
 def spread_faces(sample: Sample, count: int) -> list[int]:
-    """`count` of the frames that show the face, evenly spread.
+    """`count` of the frames in which the face was detected, evenly spread.
 
     Raises:
         ValueError: no face is recorded: the stages stand in a wrong order.
     """
-    shown = [i for i, face in enumerate(sample.meta.get("faces", [])) if face is not None]
+    faces = sample.meta.get("faces", [])
+    shown = [i for i, face in enumerate(faces) if face is not None and face["score"] is not None]
     if not shown:
         raise ValueError(f"{sample.key}: no face is recorded; put DetectFaces or TrackFace before this stage.")
     return spread(shown, count)

@@ -16,6 +16,7 @@ from mm_lightning.prepare.stages.captions import class_word
 from mm_lightning.prepare.stages.encode import jpeg
 from mm_lightning.prepare.stages.faces import (
     check_detector,
+    check_sizes,
     face_record,
     face_size,
     load_detector,
@@ -98,6 +99,7 @@ class OtherMoments:
         margin: float = 2.0,
         root: str = DEFAULT_ROOT,
     ) -> None:
+        check_sizes(smallest, min_face_size)
         check_detector(detector, root)
         check_embedder(recognizer, root)
         self.detector, self.recognizer, self.root = detector, recognizer, root
@@ -160,6 +162,7 @@ class SynthesisedReferences:
         required: bool = True,
         root: str = DEFAULT_ROOT,
     ) -> None:
+        check_sizes(smallest, min_face_size)
         check_detector(detector, root)
         check_embedder(recognizer, root)
         if attempts < count or count < 1:

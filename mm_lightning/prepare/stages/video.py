@@ -15,6 +15,7 @@ from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.faces import (
     FaceDetector,
     check_detector,
+    check_sizes,
     detector_record,
     face_record,
     face_size,
@@ -102,28 +103,39 @@ class Windows:
         return Sample(key, sample.kind, sample.source, caption=sample.caption, meta=meta, frames=frames)
 
 
-class Link(NamedTuple):
-    """How a face of one frame continues the track."""
+class FrameFaces(NamedTuple):
+    """What the detector found in a frame, the largest first."""
 
-    face: DetectedFace
-    overlap: float  # with the last box of the track
+    every: list[DetectedFace]
+    certain: list[DetectedFace]  # those of `every` that score enough
+
+
+class Track(NamedTuple):
+    """A face per frame, or None, and who it is."""
+
+    faces: list[DetectedFace | None]
+    person: np.ndarray  # (E,) float32, of the first certain face
 
 
 class TrackFace:
     """Follows one person's face through a window, by overlap from frame to frame and, where that breaks, by embedding.
 
-    Frames in which the face is not found stay without one. At the end the last face is compared with the first.
+    The track starts at the first certain detection and goes both ways. Where the face was, an unsure detection counts
+    too: a head that turns away lowers the score, not the place. A gap of few frames is filled in between its ends; such
+    faces have the score None. At the end the last certain face is compared with the first.
 
     Args:
         detector, min_score, min_face_size, smallest, border, root: as in `DetectFaces`.
         recognizer: see `load_recognizer`.
-        min_share: of the frames must show the face.
+        min_share: of the frames in which the face must be found.
         max_others: share of the frames that may show further faces.
+        max_gap: frames without detection that are filled; 0 leaves them without a face.
         min_overlap: intersection over union from one frame to the next, below which the embedding decides.
         same_person: cosine; None takes the recogniser's own.
     """
 
     name = "track"
+    version = 2
     reasons = ("no_face", "low_confidence", "several_people", "small_face", "cut_face", "lost_face", UNREADABLE)
 
     def __init__(
@@ -136,15 +148,17 @@ class TrackFace:
         border: float = 0.02,
         min_share: float = 0.8,
         max_others: float = 0.1,
+        max_gap: int = 2,
         min_overlap: float = 0.3,
         same_person: float | None = None,
         root: str = DEFAULT_ROOT,
     ) -> None:
+        check_sizes(smallest, min_face_size)
         check_detector(detector, root)
         check_embedder(recognizer, root)
         self.detector, self.recognizer, self.root = detector, recognizer, root
         self.min_score, self.min_face_size, self.smallest, self.border = min_score, min_face_size, smallest, border
-        self.min_share, self.max_others, self.min_overlap = min_share, max_others, min_overlap
+        self.min_share, self.max_others, self.max_gap, self.min_overlap = min_share, max_others, max_gap, min_overlap
         self.same_person = same_person
 
     def __call__(self, sample: Sample) -> list[Sample]:
@@ -152,13 +166,14 @@ class TrackFace:
         frames = list(sample.frames)
         found = self.detect(frames, detector)
         track = self.follow(frames, found, embedder)
-        self.check(track, frames[0].shape)
-        sample.meta["faces"] = [None if face is None else face_record(face) for face in track]
+        self.check(track.faces, frames[0].shape)
+        self.check_end(frames, found, track, embedder)
+        faces = fill_gaps(track.faces, self.max_gap, self.min_overlap)
+        sample.meta["faces"] = [None if face is None else face_record(face) for face in faces]
         sample.meta["detector"] = detector_record(detector, self.min_score, self.smallest)
         return [sample]
 
-    def detect(self, frames: list[np.ndarray], detector: FaceDetector) -> list[list[DetectedFace]]:
-        """Certain faces of every frame, the largest first."""
+    def detect(self, frames: list[np.ndarray], detector: FaceDetector) -> list[FrameFaces]:
         min_score = detector.sure if self.min_score is None else self.min_score
         every = [detector(frame, self.smallest) for frame in frames]
         certain = [[face for face in faces if face.score >= min_score] for faces in every]
@@ -169,59 +184,72 @@ class TrackFace:
         crowded = sum(len(faces) > 1 for faces in certain) / len(frames)
         if crowded > self.max_others:
             raise Rejected("several_people", f"in {crowded:.0%} of the frames")
-        return certain
+        return [FrameFaces(*faces) for faces in zip(every, certain, strict=True)]
 
-    def follow(
-        self, frames: list[np.ndarray], found: list[list[DetectedFace]], embedder: FaceEmbedder
-    ) -> list[DetectedFace | None]:
-        """One face per frame, or None."""
-        threshold = embedder.same_person if self.same_person is None else self.same_person
-        track: list[DetectedFace | None] = []
-        first, last = None, None  # embedding of the first face, latest face
-        for frame, faces in zip(frames, found, strict=True):
-            links = [Link(face, 1.0 if last is None else overlap(last.box, face.box)) for face in faces]
-            best = max(links, key=lambda link: link.overlap, default=None)
-            if best and first is None:
-                first = embedder(frame, best.face.landmarks)
-            elif best and best.overlap < self.min_overlap:
-                best = self.recognise(frame, faces, first, threshold, embedder)
-            track.append(best.face if best else None)
-            last = best.face if best else last
-        self.check_end(frames, track, first, threshold, embedder)
+    def follow(self, frames: list[np.ndarray], found: list[FrameFaces], embedder: FaceEmbedder) -> Track:
+        start = next(i for i, faces in enumerate(found) if faces.certain)
+        first = found[start].certain[0]
+        track = Track([None] * len(frames), embedder(frames[start], first.landmarks))
+        for order in (range(start, len(frames)), range(start, -1, -1)):
+            last = first
+            for i in order:
+                track.faces[i] = self.link(frames[i], found[i], last, track.person, embedder)
+                last = track.faces[i] or last
         return track
 
-    def recognise(
-        self, frame: np.ndarray, faces: list[DetectedFace], first: np.ndarray, threshold: float, embedder: FaceEmbedder
-    ) -> Link | None:
-        """The face that jumped, told by who it is."""
-        scores = [cosine(first, embedder(frame, face.landmarks)) for face in faces]
-        best = int(np.argmax(scores))
-        return Link(faces[best], 0.0) if scores[best] >= threshold else None
+    def link(
+        self, frame: np.ndarray, faces: FrameFaces, last: DetectedFace, person: np.ndarray, embedder: FaceEmbedder
+    ) -> DetectedFace | None:
+        """The face where the last one was, or else the certain one that is the same person."""
+        near = max(faces.every, key=lambda face: overlap(last.box, face.box), default=None)
+        if near is not None and overlap(last.box, near.box) >= self.min_overlap:
+            return near
+        alike = [(cosine(person, embedder(frame, face.landmarks)), face) for face in faces.certain]
+        similarity, face = max(alike, key=lambda pair: pair[0], default=(-1.0, None))
+        return face if similarity >= self.threshold(embedder) else None
+
+    def threshold(self, embedder: FaceEmbedder) -> float:
+        return embedder.same_person if self.same_person is None else self.same_person
 
     def check_end(
-        self,
-        frames: list[np.ndarray],
-        track: list[DetectedFace | None],
-        first: np.ndarray | None,
-        threshold: float,
-        embedder: FaceEmbedder,
+        self, frames: list[np.ndarray], found: list[FrameFaces], track: Track, embedder: FaceEmbedder
     ) -> None:
         """One face may turn into another while the boxes overlap, in a dissolve for instance."""
-        last = max(i for i, face in enumerate(track) if face is not None)
-        similarity = cosine(first, embedder(frames[last], track[last].landmarks))
-        if similarity < threshold:
+        certain = (i for i, face in enumerate(track.faces) if any(face is other for other in found[i].certain))
+        last = max(certain)
+        similarity = cosine(track.person, embedder(frames[last], track.faces[last].landmarks))
+        if similarity < self.threshold(embedder):
             raise Rejected("lost_face", f"another person at the end, similarity {similarity:.2f}")
 
     def check(self, track: list[DetectedFace | None], shape: tuple[int, ...]) -> None:
+        """Size first: of faces that are too small, many are not found at all."""
         shown = [face for face in track if face is not None]
-        if len(shown) < self.min_share * len(track):
-            raise Rejected("lost_face", f"in {len(track) - len(shown)} of {len(track)} frames")
         size = float(np.median([face_size(face.box) for face in shown]))
         if size < self.min_face_size:
             raise Rejected("small_face", f"{size:.0f} pixels")
+        if len(shown) < self.min_share * len(track):
+            raise Rejected("lost_face", f"in {len(track) - len(shown)} of {len(track)} frames")
         num_cut = sum(is_cut(face.box, shape, self.border) for face in shown)
         if num_cut > self.max_others * len(track):
             raise Rejected("cut_face", f"in {num_cut} of {len(track)} frames")
+
+
+def fill_gaps(track: list[DetectedFace | None], max_gap: int, min_overlap: float) -> list[DetectedFace | None]:
+    """Faces between two detections at most `max_gap` frames apart, by linear interpolation; none across a jump."""
+    filled = list(track)
+    shown = [i for i, face in enumerate(track) if face is not None]
+    for start, stop in pairwise(shown):
+        before, after = track[start], track[stop]
+        if stop - start - 1 > max_gap or overlap(before.box, after.box) < min_overlap:
+            continue
+        for i in range(start + 1, stop):
+            filled[i] = between(before, after, (i - start) / (stop - start))
+    return filled
+
+
+def between(before: DetectedFace, after: DetectedFace, share: float) -> DetectedFace:
+    box, landmarks = ((1 - share) * a + share * b for a, b in zip(before[:2], after[:2], strict=True))
+    return DetectedFace(box, landmarks, None)
 
 
 class MotionScore:

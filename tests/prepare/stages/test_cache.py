@@ -13,7 +13,15 @@ from safetensors.torch import load
 from datamodules.transforms import SampleTransform, collate
 from mm_lightning.config import register_resolvers
 from mm_lightning.module import sample_generators
-from mm_lightning.prepare.stages.cache import CacheTensors, as_stored, check_cache, describe_cache, fingerprint
+from mm_lightning.prepare.shards import ShardWriter
+from mm_lightning.prepare.stages.cache import (
+    CacheTensors,
+    as_stored,
+    check_cache,
+    describe_cache,
+    expected_cache,
+    fingerprint,
+)
 from mm_lightning.prepare.stages.captions import InsertTrigger
 from mm_lightning.prepare.stages.encode import EncodeClip, EncodePicture
 from mm_lightning.prepare.stages.references import OtherMoments, OwnCrop
@@ -158,6 +166,47 @@ def test_other_precision_words_caption_or_size_are_refused(stale):
         check_cache(sample.meta, describe_cache(**models, dtype="float32"), "a man img")
     with pytest.raises(ValueError, match=r"latents.*height 32, here .*480"):
         check_cache(sample.meta, {"latents": {"height": 480}})
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_training_refuses_a_stale_cache_by_itself(kind, ready, ready_clip, make_stage, tiny_folder, tmp_path):
+    """As the configuration has it, nothing set: its own models against those that the shards record."""
+    register_resolvers()
+    sample, num_frames = (ready, 1) if kind == "image" else (ready_clip, 9)
+    [sample] = make_stage(num_frames)(sample)
+    with ShardWriter(tmp_path / f"{kind}s", kind) as writer:
+        stored = {name: data for name, data in as_stored(sample).items() if name != "__key__"}
+        writer.write(sample.key, stored | sample.fields)
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    small = ["data.height=32", "data.width=32", "data.reference_size=48", "data.num_references=2", "data.num_workers=0"]
+    small += [] if kind == "image" else ["num_frames=9"]
+    paths = [f"paths.run_dir={tmp_path}", f"paths.shards_dir={tmp_path}"]
+    models = [f"model.base={copy}", f"model.vision={copy}/image_encoder", "model.recognizer=dlib"]
+
+    def first_batch():
+        experiment = {"image": "stage1_image", "video": "stage2_video"}[kind]
+        overrides = [
+            f"experiment={experiment}",
+            *paths,
+            *small,
+            *models,
+            "model.base_dtype=float32",
+            "data.batch_size=1",
+        ]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return next(iter(instantiate(compose("train", overrides=overrides).data).train_dataloader()))
+
+    assert first_batch().latent_moments is not None
+    file = copy / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 1.15}))
+    with pytest.raises(ValueError, match=r"latents\.safetensors is stale: config_sha256"):
+        first_batch()
+
+
+def test_models_that_are_not_here_are_not_compared(models, tmp_path):
+    assert set(expected_cache(**models)) == {"latents", "text", "face"}
+    assert set(expected_cache(**models | {"vision": str(tmp_path / "nowhere")})) == {"latents", "text"}
+    assert expected_cache(str(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "dlib") == {}
 
 
 def test_sample_without_record_is_refused(ready):

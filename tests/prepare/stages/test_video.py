@@ -1,15 +1,18 @@
 from itertools import pairwise
 
+import cv2
 import numpy as np
 import pytest
 
 from mm_lightning.prepare.sample import Sample
 from mm_lightning.prepare.stages.decode import DecodeClip
 from mm_lightning.prepare.stages.encode import EncodeClip
+from mm_lightning.prepare.stages.faces import load_detector
 from mm_lightning.prepare.stages.frames import ClipFrames, Video
+from mm_lightning.prepare.stages.identity import spread_faces
 from mm_lightning.prepare.stages.video import CutScenes, MotionScore, TrackFace, Windows, mean_flow, overlap
 from tests.prepare.bad_inputs import astronaut, carphone, clip, portrait, write_video
-from tests.prepare.stages.conftest import FACES, long_clip, rejection, through, video
+from tests.prepare.stages.conftest import FACES, long_clip, rejection, stages_of, through, video
 
 
 def textured(num_frames: int, shift: int, seed: int = 0) -> list[np.ndarray]:
@@ -141,7 +144,7 @@ def test_dissolve_into_another_person_in_the_same_place():
 
 def test_frames_without_face_are_told():
     frame, nothing = np.asarray(portrait()), np.zeros((256, 256, 3), np.uint8)
-    [sample] = TrackFace(**FACES, min_share=0.5)(people([frame, nothing, frame, frame]))
+    [sample] = TrackFace(**FACES, min_share=0.5, max_gap=0)(people([frame, nothing, frame, frame]))
     assert [face is None for face in sample.meta["faces"]] == [False, True, False, False]
     assert rejection(TrackFace(**FACES, min_share=0.8), people([frame, nothing, frame, frame])) == "lost_face"
 
@@ -149,6 +152,62 @@ def test_frames_without_face_are_told():
 def test_small_face_in_a_clip():
     options = FACES | {"min_face_size": 200}
     assert rejection(TrackFace(**options), people([np.asarray(portrait())] * 2)) == "small_face"
+    with pytest.raises(ValueError, match="smallest=64 must not exceed min_face_size=40"):
+        TrackFace("dlib", min_face_size=40)
+
+
+def test_faces_too_small_are_not_called_lost():
+    """Below `smallest` many are missed: that is their size's fault."""
+    [sample] = DecodeClip()(video(clip(49)))
+    assert rejection(TrackFace("dlib", max_gap=0), sample) == "small_face"
+
+
+@pytest.mark.parametrize(("max_gap", "num_filled"), [(0, 0), (1, 0), (2, 2), (5, 2)])
+def test_short_gaps_are_filled_in_between(max_gap, num_filled):
+    """The face moves by 12 pixels a frame; in two frames there is none to be found."""
+    frames = [np.zeros((256, 400, 3), np.uint8) for _ in range(7)]
+    for i in (0, 1, 4, 5, 6):
+        frames[i][:, 12 * i : 12 * i + 256] = np.asarray(portrait())
+    [sample] = TrackFace(**FACES, min_share=0.5, max_gap=max_gap)(people(frames))
+    faces = sample.meta["faces"]
+    filled = [i for i, face in enumerate(faces) if face and face["score"] is None]
+    assert len(filled) == num_filled
+    assert [face is None for face in faces] == [i in (2, 3) and i not in filled for i in range(7)]
+    for i in filled:
+        assert np.abs(np.array(faces[i]["box"]) - faces[0]["box"] - [12 * i, 0, 12 * i, 0]).max() < 6
+        assert np.abs(np.array(faces[i]["landmarks"]) - faces[0]["landmarks"] - [12 * i, 0]).max() < 4
+    assert not set(filled) & set(spread_faces(sample, 9))  # nobody is recognised, no reference cut there
+
+
+def test_no_gap_is_filled_across_a_jump():
+    canvas = np.full((256, 640, 3), 90, np.uint8)
+    left, right = canvas.copy(), canvas.copy()
+    left[:, :256] = right[:, 384:] = np.asarray(portrait())
+    [sample] = TrackFace(**FACES, min_share=0.5)(people([left] * 2 + [canvas] + [right] * 2))
+    assert [face is None for face in sample.meta["faces"]] == [False, False, True, False, False]
+
+
+def test_unsure_detections_count_where_the_face_was_and_nowhere_else():
+    """The man of the clip, in a frame that scores below 0.5 wherever he stands, and in one that scores above 1."""
+    weak, sure = (np.pad(frame, ((0, 0), (0, 176), (0, 0))) for frame in (carphone()[60], carphone()[43]))
+    elsewhere = np.roll(weak, 176, axis=1)
+    scores = [load_detector("dlib")(frame, 40)[0].score for frame in (weak, elsewhere, sure)]
+    assert max(scores[:2]) < 0.5
+    assert scores[2] > 1
+    tracker = TrackFace(**FACES, min_score=0.9, min_share=0.3, max_gap=0)
+    [sample] = tracker(people([weak, sure, weak, elsewhere, sure]))
+    assert [face is None for face in sample.meta["faces"]] == [False, False, False, True, False]
+
+
+@pytest.mark.slow
+def test_the_clip_enlarged_passes_at_the_default_thresholds():
+    """120 frames of 144 x 176 pixels, as large as the defaults ask for; they last 4.8 s, so windows of 33 frames."""
+    large = [cv2.resize(frame, (880, 720), interpolation=cv2.INTER_CUBIC) for frame in carphone()]
+    stages = stages_of("video", {"windows": {"num_frames": 33}})
+    [sample] = through(video(write_video(large, [i / 25 for i in range(120)])), *stages)
+    assert all(sample.meta["faces"])
+    assert sample.meta["num_frames"] == 33
+    assert sample.meta["references"]
 
 
 # Motion
