@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from mm_lightning.miniature.layout import StoredSample, decode_clip, decode_still, read_samples, set_digest
-from mm_lightning.miniature.packing import require_people
+from mm_lightning.miniature.packing import check_people, require_people
 
 MODES = ("stills", "clips", "mixed")
 ENDLESS = 10**9
@@ -349,6 +349,7 @@ class MiniatureDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_people(people)
         self.people, self.max_people = Path(people), max_people
         self.batch_size, self.clip_batch_size = batch_size, clip_batch_size
         self.num_val_stills, self.num_val_clips = num_val_stills, num_val_clips

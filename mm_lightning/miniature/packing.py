@@ -113,6 +113,12 @@ def is_finished(people: Path) -> bool:
     return all((folder / INDEX_NAME).is_file() for folder in wanted)
 
 
+def check_people(folder: str | Path) -> None:
+    """Raise what `require_people` would, as far as that can be told without unpacking."""
+    if not is_finished(Path(folder)):
+        read_manifest(ASSETS)
+
+
 def finished_splits(people: Path) -> list[str]:
     if not is_finished(people):
         raise FileNotFoundError(f"{people} holds no finished people: run `world render` to the end.")
