@@ -1,6 +1,7 @@
 """How good the small backbone is: what its VAE keeps of a face, and whether its clips show what the prompt says.
 
     python -m mm_lightning.miniature.quality --model mm_lightning/miniature/assets/model
+    python -m mm_lightning.miniature.quality --only-vae --model outputs/miniature_model  # before there is a transformer
 
 On held-out people: the VAE's reconstructions beside the originals, and clips by the captions of the split from
 diffusers' plain CogVideoXPipeline, without any adapter. dlib finds and compares the faces, the judge (see `judge`)
@@ -12,15 +13,17 @@ Letters: K clips, F frames, N pictures, H W pixels, F' latent frames, C latent c
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -124,12 +127,120 @@ def mean_motion(detections: Detections, height: int, width: int) -> float:
     return figures.mean_of_known([figures.fm_inter(clip[sampled], height, width) for clip in landmarks])
 
 
-class Quality:
-    """All that the figures are computed from, made on demand and kept. Arguments as those of the command.
+class VaeQuality:
+    """What the VAE keeps, made on demand; reconstructions are kept. Arguments as those of the command.
 
     Raises:
         FileNotFoundError, ValueError: a folder is missing or something else, before a weight is read.
     """
+
+    titles: tuple[str, ...] = ("real clip", "reconstructed")
+
+    def __init__(
+        self,
+        people: Path,
+        model: Path,
+        work: Path,
+        split: str = "test",
+        num_clips: int = 64,
+        batch_size: int = 16,
+        device: str = "cpu",
+        num_workers: int = 2,
+    ) -> None:
+        for name, value in (("--num-clips", num_clips), ("--batch-size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: give a number from 1.")
+        if not (model / "vae/config.json").is_file():
+            raise FileNotFoundError(f"{model} holds no vae/: `python train.py experiment=miniature_vae` writes one.")
+        self.people, self.split, self.model = people, split, model
+        self.batch_size, self.device, self.num_workers = batch_size, device, num_workers
+        self.held_out = read_held_out(people, split, num_clips)
+        settings = fingerprint(model / "vae", people / split / "videos" / "index.json", num_clips)
+        self.vae_cache = Cache(work / f"{split}-vae-{settings}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on, for the record."""
+        return {"model": str(self.model), "split": self.split, "num_clips": len(self.held_out.names)}
+
+    @cached_property
+    def vae(self) -> AutoencoderKLCogVideoX:
+        vae = AutoencoderKLCogVideoX.from_pretrained(self.model, subfolder="vae", torch_dtype=torch.float32)
+        return vae.eval().to(self.device)
+
+    @cached_property
+    def recognizer(self) -> FaceRecognizer:
+        return load_recognizer("dlib").to(self.device)
+
+    def in_batches(
+        self, name: str, num_items: int, make: Callable[[slice], NDArray[np.uint8]], cache: Cache
+    ) -> NDArray[np.uint8]:
+        """`make(slice)` for every batch, kept in a file each, in one array."""
+        parts, starts = [], range(0, num_items, self.batch_size)
+        for start in tqdm(starts, desc=name, unit="batch"):
+            rows = slice(start, start + self.batch_size)
+            stored = cache.get(f"{name}-{self.batch_size}-{start:05d}", lambda rows=rows: {"frames": make(rows)})
+            parts.append(stored["frames"])
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def reconstruct_rows(self, clips: NDArray[np.uint8], rows: slice) -> NDArray[np.uint8]:
+        """Some of (K, F, H, W, 3) through the VAE's mean and back."""
+        posterior = self.vae.encode(to_pixels(clips[rows]).to(self.device).transpose(1, 2)).latent_dist
+        mean = posterior.mean.transpose(1, 2)  # (K, F', C, h, w)
+        return to_bytes(decode_latents(self.vae, mean * self.vae.config.scaling_factor))
+
+    @cached_property
+    def reconstructed_clips(self) -> NDArray[np.uint8]:
+        clips = self.held_out.clips
+        make = functools.partial(self.reconstruct_rows, clips)
+        return self.in_batches("reconstructed clips", len(clips), make, self.vae_cache)
+
+    @cached_property
+    def reconstructed_stills(self) -> NDArray[np.uint8]:
+        stills = self.held_out.stills[:, None]
+        make = functools.partial(self.reconstruct_rows, stills)
+        return self.in_batches("reconstructed stills", len(stills), make, self.vae_cache)[:, 0]
+
+    def face_distance(self, a: NDArray[np.uint8], b: NDArray[np.uint8], landmarks: NDArray) -> NDArray[np.float64]:
+        """Euclidean distance of dlib's embeddings of the same face in two versions of N pictures: (N,)."""
+        both = [embed(pictures, landmarks, np.ones(len(pictures), bool), self.recognizer) for pictures in (a, b)]
+        return np.linalg.norm(both[0] - both[1], axis=1)
+
+    def bars(self) -> list[Bar]:
+        held_out = self.held_out
+        frames = figures.sample_frames(held_out.clips.shape[1], NUM_EMBEDDED)
+        originals = join_frames(held_out.clips[:, frames], held_out.stills)
+        reconstructed = join_frames(self.reconstructed_clips[:, frames], self.reconstructed_stills)
+        landmarks = join_frames(held_out.clip_landmarks[:, frames], held_out.still_landmarks)
+        distance = self.face_distance(originals, reconstructed, landmarks)
+        found = [float(detect(pictures, self.num_workers).found.mean()) for pictures in (reconstructed, originals)]
+        return [
+            Bar("VAE: PSNR of clips, dB", float(psnr(held_out.clips, self.reconstructed_clips).mean()), low=28.0),
+            Bar("VAE: PSNR of stills, dB", float(psnr(held_out.stills, self.reconstructed_stills).mean())),
+            Bar("VAE: same person to dlib", float((distance < SAME_PERSON).mean()), low=0.95),
+            Bar("VAE: dlib's distance to the original", float(distance.mean())),
+            Bar("VAE: frames with a face", found[0], real=found[1]),
+        ]
+
+    def shown_clips(self) -> tuple[NDArray[np.uint8], ...]:
+        """A column of the contact sheet each, (K, F, H, W, 3)."""
+        return self.held_out.clips, self.reconstructed_clips
+
+    def sheet_rows(self) -> list[SheetRow]:
+        held_out, clips = self.held_out, self.shown_clips()
+        chosen = figures.sample_frames(len(held_out.clips), NUM_SHOWN)
+        return [SheetRow(held_out.captions[i], held_out.clips[i, 0], tuple(part[i] for part in clips)) for i in chosen]
+
+
+class Quality(VaeQuality):
+    """The VAE, and the clips that the transformer makes of captions.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is missing or something else, before a weight is read.
+    """
+
+    titles = ("real clip", "reconstructed", "generated")
 
     def __init__(
         self,
@@ -146,20 +257,25 @@ class Quality:
         device: str = "cpu",
         num_workers: int = 2,
     ) -> None:
-        for name, value in (("--num-clips", num_clips), ("--steps", steps), ("--batch-size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: give a number from 1.")
+        if steps < 1:
+            raise ValueError(f"--steps={steps}: give a number from 1.")
         Judge.check(model, judge)
-        self.people, self.split, self.model, self.judge_folder = people, split, model, judge
-        self.steps, self.guidance, self.seed = steps, guidance, seed
-        self.batch_size, self.device, self.num_workers = batch_size, device, num_workers
-        self.held_out = read_held_out(people, split, num_clips)
+        super().__init__(people, model, work, split, num_clips, batch_size, device, num_workers)
+        self.judge_folder, self.steps, self.guidance, self.seed = judge, steps, guidance, seed
         settings = fingerprint(model, people / split / "videos" / "index.json", num_clips, steps, guidance, seed)
         self.cache = Cache(work / f"{split}-{settings}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
 
     @cached_property
     def backbone(self) -> Backbone:
         return Backbone.from_pretrained(self.model, torch.float32).to(self.device)
+
+    @property
+    def vae(self) -> AutoencoderKLCogVideoX:
+        return self.backbone.vae
 
     @cached_property
     def judge(self) -> Judge:
@@ -169,31 +285,9 @@ class Quality:
         return judge.fit(clips.pixels.movedim(-3, -1).numpy(), [said.caption for said in clips.words])
 
     @cached_property
-    def recognizer(self) -> FaceRecognizer:
-        return load_recognizer("dlib").to(self.device)
-
-    @cached_property
     def text(self) -> TextEncoder:
         max_length = self.backbone.transformer_config.max_text_seq_length
         return TextEncoder(self.backbone.text_encoder, IdentityTokenizer(self.backbone.tokenizer, max_length))
-
-    def in_batches(self, name: str, num_items: int, make: Callable[[slice], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """`make(slice)` for every batch, kept in a file each, in one array."""
-        parts, starts = [], range(0, num_items, self.batch_size)
-        for start in tqdm(starts, desc=name, unit="batch"):
-            rows = slice(start, start + self.batch_size)
-            stored = self.cache.get(f"{name}-{self.batch_size}-{start:05d}", lambda rows=rows: {"frames": make(rows)})
-            parts.append(stored["frames"])
-        return np.concatenate(parts)
-
-    # What the model makes ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def reconstruct(self, clips: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(K, F, H, W, 3) through the VAE's mean and back."""
-        moments = self.backbone.encode_video(to_pixels(clips).to(self.device))
-        mean = moments.chunk(2, dim=2)[0]
-        return to_bytes(decode_latents(self.backbone.vae, mean * self.backbone.scaling_factor))
 
     @torch.no_grad()
     def generate(self, rows: slice) -> NDArray[np.uint8]:
@@ -215,19 +309,8 @@ class Quality:
         return to_bytes(decode_latents(self.backbone.vae, latents))
 
     @cached_property
-    def reconstructed_clips(self) -> NDArray[np.uint8]:
-        clips = self.held_out.clips
-        return self.in_batches("reconstructed clips", len(clips), lambda rows: self.reconstruct(clips[rows]))
-
-    @cached_property
-    def reconstructed_stills(self) -> NDArray[np.uint8]:
-        stills = self.held_out.stills[:, None]
-        made = self.in_batches("reconstructed stills", len(stills), lambda rows: self.reconstruct(stills[rows]))
-        return made[:, 0]
-
-    @cached_property
     def generated(self) -> NDArray[np.uint8]:
-        return self.in_batches("generated clips", len(self.held_out.clips), self.generate)
+        return self.in_batches("generated clips", len(self.held_out.clips), self.generate, self.cache)
 
     # What is found in it ----------------------------------------------------------------------------------------------
 
@@ -237,26 +320,11 @@ class Quality:
         found = detect(frames, self.num_workers, progress=f"faces in {name}")
         return Detections(*(values.reshape(*clips.shape[:2], *values.shape[1:]) for values in found))
 
-    def reconstruction_bars(self) -> list[Bar]:
-        held_out = self.held_out
-        frames = figures.sample_frames(held_out.clips.shape[1], NUM_EMBEDDED)
-        originals = join_frames(held_out.clips[:, frames], held_out.stills)
-        reconstructed = join_frames(self.reconstructed_clips[:, frames], self.reconstructed_stills)
-        landmarks = join_frames(held_out.clip_landmarks[:, frames], held_out.still_landmarks)
-        distance = self.face_distance(originals, reconstructed, landmarks)
-        found = [float(detect(pictures, self.num_workers).found.mean()) for pictures in (reconstructed, originals)]
-        return [
-            Bar("VAE: PSNR of clips, dB", float(psnr(held_out.clips, self.reconstructed_clips).mean()), low=28.0),
-            Bar("VAE: PSNR of stills, dB", float(psnr(held_out.stills, self.reconstructed_stills).mean())),
-            Bar("VAE: same person to dlib", float((distance < SAME_PERSON).mean()), low=0.95),
-            Bar("VAE: dlib's distance to the original", float(distance.mean())),
-            Bar("VAE: frames with a face", found[0], real=found[1]),
-        ]
+    def bars(self) -> list[Bar]:
+        return [*super().bars(), *self.generation_bars()]
 
-    def face_distance(self, a: NDArray[np.uint8], b: NDArray[np.uint8], landmarks: NDArray) -> NDArray[np.float64]:
-        """Euclidean distance of dlib's embeddings of the same face in two versions of N pictures: (N,)."""
-        both = [embed(pictures, landmarks, np.ones(len(pictures), bool), self.recognizer) for pictures in (a, b)]
-        return np.linalg.norm(both[0] - both[1], axis=1)
+    def shown_clips(self) -> tuple[NDArray[np.uint8], ...]:
+        return *super().shown_clips(), self.generated
 
     def generation_bars(self) -> list[Bar]:
         real = self.detect(self.held_out.clips, "real clips")
@@ -288,13 +356,8 @@ class Quality:
         )
         return [*bars, Bar("text alignment, cosine", aligned, real=aligned_real)]
 
-    # Results ----------------------------------------------------------------------------------------------------------
 
-    def sheet_rows(self) -> list[SheetRow]:
-        held_out = self.held_out
-        chosen = figures.sample_frames(len(held_out.clips), NUM_SHOWN)
-        clips = (held_out.clips, self.reconstructed_clips, self.generated)
-        return [SheetRow(held_out.captions[i], held_out.clips[i, 0], tuple(part[i] for part in clips)) for i in chosen]
+# Results --------------------------------------------------------------------------------------------------------------
 
 
 def format_bars(bars: Sequence[Bar]) -> str:
@@ -318,21 +381,19 @@ def describe(bar: Bar) -> dict[str, object]:
     return values | {"passed": bar.passed}
 
 
-def run(quality: Quality, out: Path) -> list[Bar]:
+def run(quality: VaeQuality, out: Path) -> list[Bar]:
     """Everything: figures and the contact sheet into `out`."""
-    bars = [*quality.reconstruction_bars(), *quality.generation_bars()]
+    bars = quality.bars()
     out.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(
         quality.sheet_rows(),
-        ("real clip", "reconstructed", "generated"),
+        quality.titles,
         figures.sample_frames(quality.held_out.clips.shape[1], FRAMES_SHOWN),
         scale=2,
     )
     write_sheet(out / "quality.jpg", sheet)
     write_bytes(out / "quality.md", format_bars(bars).encode())
-    settings = {"model": str(quality.model), "split": quality.split, "num_clips": len(quality.held_out.names)}
-    settings |= {name: getattr(quality, name) for name in ("steps", "guidance", "seed")}
-    write_json(out / "quality.json", {"settings": settings, "figures": [describe(bar) for bar in bars]})
+    write_json(out / "quality.json", {"settings": quality.settings, "figures": [describe(bar) for bar in bars]})
     return bars
 
 
@@ -343,6 +404,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--people", type=Path, default=Path("data/miniature/people"))
     parser.add_argument("--model", type=Path, default=ASSETS / "model", help="the backbone in diffusers' layout")
     parser.add_argument("--judge", type=Path, help="default: judge/ beside the model")
+    parser.add_argument("--only-vae", action="store_true", help="judge vae/ alone; there may be nothing else yet")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--num-clips", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
@@ -356,21 +418,14 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, parser.parse_args(arguments)
 
 
-def build_quality(args: argparse.Namespace) -> Quality:
-    return Quality(
-        people=args.people,
-        model=args.model,
-        judge=args.judge or judge_folder_of(args.model),
-        work=args.work,
-        split=args.split,
-        num_clips=args.num_clips,
-        steps=args.steps,
-        guidance=args.guidance,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        device=find_device(args.device),
-        num_workers=args.workers,
-    )
+def build_quality(args: argparse.Namespace) -> VaeQuality:
+    common = {"people": args.people, "model": args.model, "work": args.work, "split": args.split}
+    common |= {"num_clips": args.num_clips, "batch_size": args.batch_size, "num_workers": args.workers}
+    common["device"] = find_device(args.device)
+    if args.only_vae:
+        return VaeQuality(**common)
+    judge = args.judge or judge_folder_of(args.model)
+    return Quality(judge=judge, steps=args.steps, guidance=args.guidance, seed=args.seed, **common)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,18 @@ from mm_lightning.miniature import quality as command
 from mm_lightning.miniature.detection import Detections
 from mm_lightning.miniature.image_text import build_model
 from mm_lightning.miniature.judge import L2, Classifier, Judge, chance, judge_folder_of, labels_of, top_1
-from mm_lightning.miniature.quality import Bar, Quality, format_bars, mean_motion, psnr, read_held_out, share_with_face
+from mm_lightning.miniature.quality import (
+    Bar,
+    Quality,
+    format_bars,
+    mean_motion,
+    psnr,
+    read_held_out,
+    share_with_face,
+    to_pixels,
+)
+from mm_lightning.miniature.sampling import to_bytes
+from mm_lightning.preview import decode_latents
 from mm_lightning.tiny import make_tiny
 from tests.miniature.real_people import write_people
 
@@ -207,6 +218,23 @@ def test_command_writes_figures_and_goes_on_where_it_was_cut(people, model, tmp_
     assert len(command.build_quality(args).generated) == NUM_CLIPS
     assert all(np.array_equal(np.load(file)["frames"], frames) for file, frames in zip(kept, before, strict=True))
     assert [file.stat().st_mtime_ns == time for file, time in zip(kept, times, strict=True)] == [True, False]
+
+
+def test_a_vae_is_judged_before_there_is_anything_else(people, model, quality, tmp_path, capsys):
+    shutil.copytree(model / "vae", tmp_path / "model/vae")
+    arguments = ["--only-vae", "--people", str(people), "--model", str(tmp_path / "model"), "--num-clips", "2"]
+    arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1", "--device", "cpu"]
+    assert command.main(arguments) == 1
+    report = json.loads((tmp_path / "out/quality.json").read_text())
+    assert {figure["name"].split(":")[0] for figure in report["figures"]} == {"VAE"}
+    pixels = to_pixels(quality.held_out.clips)
+    moments = quality.backbone.encode_video(pixels)  # another way to the mean
+    expected = decode_latents(quality.backbone.vae, moments.chunk(2, dim=2)[0] * quality.backbone.scaling_factor)
+    stored = np.load(next((tmp_path / "work").rglob("reconstructed clips*.npz")))["frames"]
+    assert np.array_equal(stored, to_bytes(expected))
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--model", str(tmp_path)])
+    assert "holds no vae/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
