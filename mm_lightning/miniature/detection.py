@@ -16,7 +16,7 @@ import dlib
 import numpy as np
 from tqdm import tqdm
 
-from mm_lightning.prepare.faces import LANDMARKS_FILE, five_points, model_path
+from mm_lightning.encoders.detector import LANDMARKS_FILE, five_points, model_path
 
 SIDE = 192  # pixels; a face of the miniature then fills more than dlib's window of 80
 CHUNK = 32

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from mm_lightning.prepare.faces import DetectedFace, DlibFaceDetector, cosine
+from mm_lightning.encoders.detector import DetectedFace, DlibFaceDetector, cosine
 from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter, damaged_shards, write_json
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mm_lightning.encoders.detector import DetectedFace, DlibFaceDetector
 from mm_lightning.miniature.layout import SETTINGS_NAME, WorldSettings
-from mm_lightning.prepare.faces import DetectedFace, DlibFaceDetector
 from mm_lightning.prepare.shards import ShardWriter, write_json
 from mm_lightning.prepare.stages.encode import jpeg, mp4
 

@@ -12,13 +12,13 @@ pytest.importorskip("pyvista", reason="rendering needs the extra [miniature]")
 
 from dataclasses import replace
 
+from mm_lightning.encoders.detector import DlibFaceDetector
 from mm_lightning.miniature import stage
 from mm_lightning.miniature.anatomy import load_anatomy
 from mm_lightning.miniature.motion import ACTIONS, BACKGROUNDS, COLUMN, LIGHTS, Performance, sample_clip, sample_still
 from mm_lightning.miniature.people import sample_person
 from mm_lightning.miniature.render import Renderer
 from mm_lightning.miniature.stage import Lens
-from mm_lightning.prepare.faces import DlibFaceDetector
 
 SCALE = 3  # dlib's detector overlooks faces as small as ours
 

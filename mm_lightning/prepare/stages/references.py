@@ -9,19 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from mm_lightning.encoders.detector import DetectedFace, check_detector, face_size, load_detector, square_around
 from mm_lightning.encoders.packs import DEFAULT_ROOT
-from mm_lightning.prepare.faces import DetectedFace
 from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.captions import class_word
 from mm_lightning.prepare.stages.encode import jpeg
-from mm_lightning.prepare.stages.faces import (
-    check_detector,
-    check_sizes,
-    face_record,
-    face_size,
-    load_detector,
-    square_around,
-)
+from mm_lightning.prepare.stages.faces import check_sizes, face_record
 from mm_lightning.prepare.stages.frames import UNREADABLE, ClipFrames
 from mm_lightning.prepare.stages.identity import check_embedder, cosine, load_embedder, spread, spread_faces
 

@@ -9,19 +9,10 @@ import cv2
 import numpy as np
 from scenedetect import ContentDetector, FrameTimecode
 
+from mm_lightning.encoders.detector import DetectedFace, FaceDetector, check_detector, face_size, load_detector
 from mm_lightning.encoders.packs import DEFAULT_ROOT
-from mm_lightning.prepare.faces import DetectedFace
 from mm_lightning.prepare.sample import Rejected, Sample
-from mm_lightning.prepare.stages.faces import (
-    FaceDetector,
-    check_detector,
-    check_sizes,
-    detector_record,
-    face_record,
-    face_size,
-    is_cut,
-    load_detector,
-)
+from mm_lightning.prepare.stages.faces import check_sizes, detector_record, face_record, is_cut
 from mm_lightning.prepare.stages.frames import UNREADABLE
 from mm_lightning.prepare.stages.identity import FaceEmbedder, check_embedder, cosine, load_embedder
 

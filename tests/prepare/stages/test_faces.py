@@ -1,16 +1,10 @@
 import numpy as np
 import pytest
 
+from mm_lightning.encoders.detector import DlibDetector, detection_size, load_detector
 from mm_lightning.prepare.samples import packaged_file
 from mm_lightning.prepare.stages.decode import DecodePicture
-from mm_lightning.prepare.stages.faces import (
-    DetectFaces,
-    DlibDetector,
-    SplitPeople,
-    detection_size,
-    is_cut,
-    load_detector,
-)
+from mm_lightning.prepare.stages.faces import DetectFaces, SplitPeople, is_cut
 from tests.prepare.bad_inputs import astronaut
 from tests.prepare.stages.conftest import FACES, picture, rejection, through
 from tests.prepare.stages.onnx_detector import write_detector

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mm_lightning.prepare.faces import RECOGNIZER_FILE, DetectedFace, DlibFaceDetector, model_path
+from mm_lightning.encoders.detector import RECOGNIZER_FILE, DetectedFace, DlibFaceDetector, model_path
 from mm_lightning.prepare.stages.identity import EmbedIdentity, cosine, one_thread, same_person, spread
 
 

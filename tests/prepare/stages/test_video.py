@@ -4,10 +4,10 @@ import cv2
 import numpy as np
 import pytest
 
+from mm_lightning.encoders.detector import load_detector
 from mm_lightning.prepare.sample import Sample
 from mm_lightning.prepare.stages.decode import DecodeClip
 from mm_lightning.prepare.stages.encode import EncodeClip
-from mm_lightning.prepare.stages.faces import load_detector
 from mm_lightning.prepare.stages.frames import ClipFrames, Video
 from mm_lightning.prepare.stages.identity import spread_faces
 from mm_lightning.prepare.stages.video import CutScenes, MotionScore, TrackFace, Windows, mean_flow, overlap
