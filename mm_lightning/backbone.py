@@ -205,6 +205,24 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def check_frames(num_frames: int, ratio: int) -> None:
+    """ValueError unless a causal VAE of temporal compression `ratio` takes `num_frames` whole: 1, 5, 9, ... at 4."""
+    if num_frames < 1 or num_frames % ratio != 1:
+        below = max(num_frames - 1, 0) // ratio * ratio + 1
+        raise ValueError(
+            f"A clip of {num_frames} frames does not fit the VAE, which takes {ratio}k+1 frames; "
+            f"the nearest are {below} and {below + ratio}."
+        )
+
+
+def check_size(height: int, width: int, step: int) -> None:
+    """ValueError unless both are multiples of `step`, a patch of the transformer in pixels."""
+    for side, length in (("height", height), ("width", width)):
+        if length < step or length % step:
+            nearest = max(round(length / step), 1) * step
+            raise ValueError(f"{side}={length} is no multiple of {step} pixels; the nearest is {nearest}.")
+
+
 class Backbone(nn.Module):
     """The frozen base model. `.to(...)` moves what is loaded; `.train()` leaves it in eval mode (T5 has dropout).
 
@@ -288,21 +306,11 @@ class Backbone(nn.Module):
 
     def check_frames(self, num_frames: int) -> None:
         """ValueError unless the causal VAE takes `num_frames` whole: 1, 5, 9, ... at a compression of 4."""
-        ratio = self.vae_scale_factor_temporal
-        if num_frames < 1 or num_frames % ratio != 1:
-            below = max(num_frames - 1, 0) // ratio * ratio + 1
-            raise ValueError(
-                f"A clip of {num_frames} frames does not fit the VAE, which takes {ratio}k+1 frames; "
-                f"the nearest are {below} and {below + ratio}."
-            )
+        check_frames(num_frames, self.vae_scale_factor_temporal)
 
     def check_size(self, height: int, width: int) -> None:
         """ValueError unless both are multiples of a patch of the transformer, in pixels."""
-        step = self.vae_scale_factor_spatial * self.transformer_config.patch_size
-        for side, length in (("height", height), ("width", width)):
-            if length < step or length % step:
-                nearest = max(round(length / step), 1) * step
-                raise ValueError(f"{side}={length} is no multiple of {step} pixels; the nearest is {nearest}.")
+        check_size(height, width, self.vae_scale_factor_spatial * self.transformer_config.patch_size)
 
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:

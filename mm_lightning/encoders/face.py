@@ -40,6 +40,15 @@ class FaceFeatureEncoder(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the vision tower; a pipeline asks its parts."""
+        return self.vision.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision.dtype
+
     def train(self, mode: bool = True) -> FaceFeatureEncoder:
         """Frozen: evaluation mode whatever is asked for (a recogniser has batch norms)."""
         return super().train(False)

@@ -166,6 +166,15 @@ class IdentityEncoder(nn.Module):
         null_tokens = face_perceiver.null_tokens()
         self.null_face_tokens = None if null_tokens is None else nn.Parameter(null_tokens)
 
+    @property
+    def device(self) -> torch.device:
+        """Of its first parameter; a pipeline asks its parts."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     @classmethod
     def build(
         cls,
