@@ -78,6 +78,7 @@ class MagicMirrorPipeline(CogVideoXPipeline):
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.register_modules(face_encoder=face_encoder, front_end=front_end)
         self.record, self.detector = dict(record or {}), detector
+        self.adapter_folder: Path | None = None  # where the adapter was read
         self.identity_tokenizer = IdentityTokenizer(
             tokenizer,
             max_length=transformer.config.max_text_seq_length,
@@ -132,10 +133,12 @@ class MagicMirrorPipeline(CogVideoXPipeline):
         )
         front_end = build_front_end(factories, transformer, face_encoder)
         load_adapter(adapter_folder, transformer, front_end, pretrained_prefixes(record["front_end"]))
-        return cls(
+        pipeline = cls(
             backbone.tokenizer, backbone.text_encoder, backbone.vae, transformer.eval(), backbone.scheduler,
             face_encoder, front_end.eval(), record, load_detector(detector, root), extra_identity_words,
         )  # fmt: skip
+        pipeline.adapter_folder = adapter_folder
+        return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that `from_pretrained` loads, and plain `CogVideoXPipeline.from_pretrained` too.

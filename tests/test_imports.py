@@ -16,6 +16,7 @@ FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning", "hydra", "om
 MAY_IMPORT = {
     "types": set(),
     "checkpoint": set(),
+    "media": {"checkpoint"},
     "adapters": {"types"},
     "encoders": {"types"},
     "losses": {"types"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "tiny": set(),
     "pipeline": {"types", "adapters", "encoders", "backbone"},
 }
-CALLBACKS_MAY_IMPORT = {"types", "metrics", "pipeline", "checkpoint"}
+CALLBACKS_MAY_IMPORT = {"types", "metrics", "pipeline", "checkpoint", "media"}
 DATAMODULES_MAY_IMPORT = {"types"}
 # Commands that live in a part but look at all of them; in return nothing may import them but another command.
 COMMANDS = {"mm_lightning.adapters.size"}

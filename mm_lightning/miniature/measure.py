@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from mm_lightning.encoders.recognizer import FaceRecognizer
+from mm_lightning.media import to_uint8
 from mm_lightning.miniature import figures
-from mm_lightning.miniature.sampling import Subject, split_references, to_bytes
+from mm_lightning.miniature.sampling import Subject, split_references
 
 BATCH = 32
 
@@ -109,7 +110,7 @@ def build_gallery(
     people = list(dict.fromkeys(subject.person for subject in subjects))
     compared = [split_references(firsts[person].batch, num_shown)[1] for person in people]
     stills = np.concatenate(
-        [to_bytes(firsts[person].batch.references[0][mask]) for person, mask in zip(people, compared, strict=True)]
+        [to_uint8(firsts[person].batch.references[0][mask]) for person, mask in zip(people, compared, strict=True)]
     )
     rendered = torch.cat([firsts[p].batch.reference_landmarks[0][m] for p, m in zip(people, compared, strict=True)])
     seen = detect(stills, num_workers=num_workers)

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from mm_lightning.backbone import Backbone
 from mm_lightning.encoders.recognizer import FaceRecognizer, load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
+from mm_lightning.media import SheetRow, contact_sheet, to_uint8, write_jpeg
 from mm_lightning.miniature import figures
 from mm_lightning.miniature.data import Items, load_split, to_float
 from mm_lightning.miniature.detection import Detections, detect
 from mm_lightning.miniature.judge import Judge, chance, judge_folder_of, labels_of, top_1
 from mm_lightning.miniature.measure import embed
-from mm_lightning.miniature.sampling import fingerprint, to_bytes
-from mm_lightning.miniature.sheet import SheetRow, contact_sheet, write_sheet
+from mm_lightning.miniature.sampling import fingerprint
+from mm_lightning.miniature.sheet import DISCLOSURE
 from mm_lightning.miniature.table import ASSETS, Cache, find_device
 from mm_lightning.module import sample_generators
 from mm_lightning.prepare.shards import write_bytes, write_json
@@ -188,7 +189,7 @@ class VaeQuality:
         """Some of (K, F, H, W, 3) through the VAE's mean and back."""
         posterior = self.vae.encode(to_pixels(clips[rows]).to(self.device).transpose(1, 2)).latent_dist
         mean = posterior.mean.transpose(1, 2)  # (K, F', C, h, w)
-        return to_bytes(decode_latents(self.vae, mean * self.vae.config.scaling_factor))
+        return to_uint8(decode_latents(self.vae, mean * self.vae.config.scaling_factor))
 
     @cached_property
     def reconstructed_clips(self) -> NDArray[np.uint8]:
@@ -306,7 +307,7 @@ class Quality(VaeQuality):
             self.guidance,
             sample_generators(self.seed, -1, names),
         )
-        return to_bytes(decode_latents(self.backbone.vae, latents))
+        return to_uint8(decode_latents(self.backbone.vae, latents))
 
     @cached_property
     def generated(self) -> NDArray[np.uint8]:
@@ -389,9 +390,9 @@ def run(quality: VaeQuality, out: Path) -> list[Bar]:
         quality.sheet_rows(),
         quality.titles,
         figures.sample_frames(quality.held_out.clips.shape[1], FRAMES_SHOWN),
-        scale=2,
+        height=2 * quality.held_out.clips.shape[2],
     )
-    write_sheet(out / "quality.jpg", sheet)
+    write_jpeg(out / "quality.jpg", sheet, DISCLOSURE)
     write_bytes(out / "quality.md", format_bars(bars).encode())
     write_json(out / "quality.json", {"settings": quality.settings, "figures": [describe(bar) for bar in bars]})
     return bars

@@ -21,6 +21,7 @@ from torch import Tensor
 from mm_lightning.adapters.weights import read_adapter_config
 from mm_lightning.backbone import check_base
 from mm_lightning.config import register_resolvers
+from mm_lightning.media import to_uint8
 from mm_lightning.miniature.layout import read_samples
 from mm_lightning.module import MagicMirrorModule, sample_generators
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
@@ -150,7 +151,7 @@ def generate_clips(
         sampling.guidance,
         sample_generators(sampling.seed, -1, names),
     )
-    return to_bytes(decode_latents(module.backbone.vae, latents))
+    return to_uint8(decode_latents(module.backbone.vae, latents))
 
 
 def condition(module: MagicMirrorModule, batch: Batch, num_references: int, with_identity: bool) -> IdentityCondition:
@@ -170,11 +171,6 @@ def latents_shape(module: MagicMirrorModule, batch: Batch) -> torch.Size:
     ratio, config = backbone.vae_scale_factor_spatial, backbone.vae_config
     num_latent_frames = 1 + (num_frames - 1) // backbone.vae_scale_factor_temporal
     return torch.Size((len(batch.keys), num_latent_frames, config.latent_channels, height // ratio, width // ratio))
-
-
-def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """(..., 3, H, W) in [-1, 1] -> (..., H, W, 3) bytes."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from mm_lightning.adapters.weights import read_adapter_config
 from mm_lightning.encoders.recognizer import load_recognizer
+from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, to_uint8, write_jpeg
 from mm_lightning.miniature import figures
 from mm_lightning.miniature.judge import Judge, judge_folder_of
 from mm_lightning.miniature.layout import set_digest
@@ -48,16 +49,8 @@ from mm_lightning.miniature.sampling import (
     load_miniature,
     read_subjects,
     split_references,
-    to_bytes,
 )
-from mm_lightning.miniature.sheet import (
-    SheetRow,
-    animation,
-    contact_sheet,
-    encode_gif,
-    log_pictures,
-    write_sheet,
-)
+from mm_lightning.miniature.sheet import DISCLOSURE, log_pictures
 from mm_lightning.prepare.shards import write_bytes, write_json
 
 REAL, FULL, ALONE = "real clips", "full model", "backbone alone"
@@ -65,6 +58,7 @@ ASSETS = Path("mm_lightning/miniature/assets")
 DEFAULTS = Sampling()
 NUM_SHOWN = 8  # people on the contact sheet
 FRAMES_SHOWN = 4
+FPS = 8.0
 COLUMNS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -189,7 +183,7 @@ class Table:
     def make_clips(self, row: str, rows: Sequence[int]) -> NDArray[np.uint8]:
         subjects = [self.subjects[i] for i in rows]
         if row == REAL:
-            return np.concatenate([to_bytes(real_clip(subject)) for subject in subjects])
+            return np.concatenate([to_uint8(real_clip(subject)) for subject in subjects])
         names = [self.names[i] for i in rows]
         batch = join_batches([subject.batch for subject in subjects])
         return generate_clips(self.module, batch, names, self.sampling, with_identity=row == FULL)
@@ -274,7 +268,7 @@ def describe(table: Table, clips_per_person: int) -> str:
 def sheet_rows(table: Table, generated: Sequence[Row]) -> list[SheetRow]:
     """As many people as fit, spread over all."""
     chosen = figures.sample_frames(len(table.subjects), NUM_SHOWN)
-    stills = [to_bytes(table.subjects[i].batch.references[0, 0]) for i in chosen]
+    stills = [to_uint8(table.subjects[i].batch.references[0, 0]) for i in chosen]
     captions = [f"{table.subjects[i].person}: {table.subjects[i].batch.captions[0]}" for i in chosen]
     clips = [tuple(row.clips[i] for row in generated) for i in chosen]
     return [SheetRow(*parts) for parts in zip(captions, stills, clips, strict=True)]
@@ -282,9 +276,10 @@ def sheet_rows(table: Table, generated: Sequence[Row]) -> list[SheetRow]:
 
 def write_pictures(rows: list[SheetRow], headings: list[str], out: Path, log_dir: Path | None, text: str) -> None:
     shown = figures.sample_frames(len(rows[0].clips[0]), FRAMES_SHOWN)
-    sheet = contact_sheet(rows, headings, shown, scale=2)
-    gif = encode_gif(animation(rows, scale=2))
-    write_sheet(out / "sheet.jpg", sheet)
+    height = 2 * rows[0].clips[0].shape[1]
+    sheet = contact_sheet(rows, headings, shown, height)
+    gif = encode_gif(animation(rows, height), FPS, DISCLOSURE)
+    write_jpeg(out / "sheet.jpg", sheet, DISCLOSURE)
     write_bytes(out / "clips.gif", gif)
     if log_dir is not None:
         log_pictures(log_dir, sheet, gif, text)

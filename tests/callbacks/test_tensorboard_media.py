@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.ema import TrainableEMA
-from callbacks.tensorboard_media import MediaPreview, encode_gif, side_by_side, to_uint8, write_mp4
+from callbacks.tensorboard_media import MediaPreview, side_by_side
 from mm_lightning.checkpoint import trainable_state_dict
+from mm_lightning.media import encode_gif, to_uint8, write_mp4
 from mm_lightning.types import Preview
 from tests.toy import ToyModule, assert_same, make_trainer, plain_run
 
@@ -167,7 +168,7 @@ def test_values_outside_are_clipped() -> None:
 
 
 def test_one_frame_clip(tmp_path: Path) -> None:
-    write_mp4(tmp_path / "a/one.mp4", moving_square()[:1], fps=8)
+    write_mp4(tmp_path / "a/one.mp4", to_uint8(moving_square()[:1]), fps=8)
     with av.open(str(tmp_path / "a/one.mp4")) as container:
         assert len([*container.decode(video=0)]) == 1
     assert read_gif(encode_gif(side_by_side(torch.zeros(3, S, S), moving_square()[:1], 99), 8)).n_frames == 1

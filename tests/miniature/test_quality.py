@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from mm_lightning.media import to_uint8
 from mm_lightning.miniature import quality as command
 from mm_lightning.miniature.detection import Detections
 from mm_lightning.miniature.image_text import build_model
@@ -27,7 +28,6 @@ from mm_lightning.miniature.quality import (
     share_with_face,
     to_pixels,
 )
-from mm_lightning.miniature.sampling import to_bytes
 from mm_lightning.preview import decode_latents
 from mm_lightning.tiny import make_tiny
 from tests.miniature.real_people import write_people
@@ -231,7 +231,7 @@ def test_a_vae_is_judged_before_there_is_anything_else(people, model, quality, t
     moments = quality.backbone.encode_video(pixels)  # another way to the mean
     expected = decode_latents(quality.backbone.vae, moments.chunk(2, dim=2)[0] * quality.backbone.scaling_factor)
     stored = np.load(next((tmp_path / "work").rglob("reconstructed clips*.npz")))["frames"]
-    assert np.array_equal(stored, to_bytes(expected))
+    assert np.array_equal(stored, to_uint8(expected))
     with pytest.raises(SystemExit):
         command.main([*arguments, "--model", str(tmp_path)])
     assert "holds no vae/" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mm_lightning.encoders.recognizer import load_recognizer
+from mm_lightning.media import SheetRow, contact_sheet, encode_gif, to_uint8
 from mm_lightning.miniature import table as command
 from mm_lightning.miniature.measure import ClipFaces, ClipFigures, Gallery, clip_figures, measure_clips
 from mm_lightning.miniature.sampling import (
@@ -27,9 +28,7 @@ from mm_lightning.miniature.sampling import (
     load_miniature,
     read_subjects,
     split_references,
-    to_bytes,
 )
-from mm_lightning.miniature.sheet import SheetRow, contact_sheet, encode_gif
 from mm_lightning.miniature.table import Cache, format_table, summarize
 from mm_lightning.module import sample_generators
 from tests.miniature.real_people import NUM_FRAMES, PAN, SIZE, STILLS, write_people
@@ -255,7 +254,7 @@ def test_alone_is_the_stock_pipeline_bit_for_bit(subjects, tiny_folder, adapter)
         generator=sample_generators(0, -1, ["a"]),
         output_type="pt",
     ).frames[0]
-    assert np.abs(clip.astype(int) - to_bytes(frames * 2 - 1).astype(int)).max() <= 1
+    assert np.abs(clip.astype(int) - to_uint8(frames * 2 - 1).astype(int)).max() <= 1
 
 
 def test_an_adapter_of_an_ablation_is_rebuilt_from_its_record(tiny_folder, tmp_path, subjects):
@@ -287,7 +286,7 @@ def recognizer():
 
 def test_faces_lie_where_the_crop_has_moved_them(subjects, recognizer):
     subject = subjects[0]
-    (faces,) = measure_clips([to_bytes(subject.batch.pixels)[0]], recognizer, num_embedded=4)
+    (faces,) = measure_clips([to_uint8(subject.batch.pixels)[0]], recognizer, num_embedded=4)
     assert faces.landmarks.shape == (16, 5, 2)
     assert faces.embedded.sum() == 4
     assert (~np.isnan(faces.embeddings[:, 0])).tolist() == (faces.embedded & faces.found).tolist()
@@ -358,7 +357,7 @@ def test_the_sheet_places_reference_and_frames():
     red, green = (np.zeros((4, 8, 8, 3), np.uint8) for _ in range(2))
     red[..., 0], green[..., 1] = 255, 255
     row = SheetRow("A man", np.full((8, 8, 3), 90, np.uint8), (red, green))
-    sheet = np.asarray(contact_sheet([row, row], ["full", "alone"], [0, 3], scale=4))
+    sheet = np.asarray(contact_sheet([row, row], ["full", "alone"], [0, 3], height=32))
     side = 32
     for colour, count in (((90, 90, 90), 1), ((255, 0, 0), 2), ((0, 255, 0), 2)):
         assert (sheet == colour).all(-1).sum() == 2 * count * side * side
@@ -366,7 +365,7 @@ def test_the_sheet_places_reference_and_frames():
 
 def test_the_animation_moves_and_says_what_it_is():
     pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 120, 240)]
-    gif = Image.open(io.BytesIO(encode_gif(pictures)))
+    gif = Image.open(io.BytesIO(encode_gif(pictures, fps=8)))
     assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (3, 0, 120)  # in hundredths, of 125
 
 

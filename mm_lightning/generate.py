@@ -1,0 +1,434 @@
+"""Videos of a person from photos and prompts.
+
+    python -m mm_lightning.generate --photos her.jpg --prompt "A woman img laughs in the rain"
+    python -m mm_lightning.generate --jobs jobs.csv --base weights/CogVideoX-5b --adapter RUN/adapter
+    python -m mm_lightning.generate verify outputs/generated/*.mp4
+
+Each video comes with a contact sheet and a JSON file that says how it was made, and can be made again from it
+(`--jobs video.json`). What is there already, made in the same way, is kept: an interrupted run goes on. Files carry a
+comment and signed content credentials (C2PA) that say that they are generated; `verify` reads them back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import logging
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from mm_lightning.checkpoint import replace_path
+from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
+from mm_lightning.encoders.photos import load_photo
+from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
+from mm_lightning.pipeline import MagicMirrorPipeline
+
+logger = logging.getLogger(__name__)
+
+MINIATURE = Path(__file__).parent / "miniature/assets"
+SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
+OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
+PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
+FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
+NAME = re.compile(r"[\w][\w.-]{0,99}")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video. What is None is the base model's own."""
+
+    prompt: str
+    photos: tuple[str, ...]
+    name: str = ""
+    seed: int = 0
+    negative_prompt: str | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = False
+    face_scale: float = 1.0
+    identity_guidance_scale: float = 1.0
+    face_index: int | None = None
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline, but for the person."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("photos", "name", "seed")}
+
+
+NUMBERS = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[str(text).lower()]}
+
+
+class Generator:
+    """Makes the files of jobs.
+
+    Args:
+        pipeline: loaded, on its device.
+        out: folder of the files.
+        made_with: what the weights are, for the record.
+        signing: None leaves the files unsigned.
+        fps: of the videos.
+    """
+
+    def __init__(
+        self, pipeline: MagicMirrorPipeline, out: Path, made_with: dict[str, Any], signing: Signing | None, fps: float
+    ) -> None:
+        self.pipeline, self.out, self.made_with = pipeline, out, made_with
+        self.signing, self.fps = signing, fps
+
+    def run(self, jobs: Sequence[Job]) -> list[Path]:
+        """The videos' paths, in order; a manifest of all of them for `mm_lightning.evaluate`."""
+        made, entries = [], []
+        for job in tqdm(jobs, desc="videos", unit="video", disable=len(jobs) == 1):
+            path = self.make(job)
+            made.append(path)
+            entries.append(
+                {"video": path.name, "prompt": job.prompt, "references": absolute(job.photos), "name": job.name}
+            )
+            write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries))
+        return made
+
+    def make(self, job: Job) -> Path:
+        """The video of a job, kept if it is there and was made in the same way."""
+        record = self.describe(job)
+        path = self.out / f"{job.name}{'.png' if self.num_frames(job) == 1 else '.mp4'}"
+        if path.is_file() and same_making(path.with_suffix(".json"), record):
+            logger.info("%s is there, made in the same way: kept", path)
+            return path
+        start = time.monotonic()
+        frames = self.frames(job)
+        self.write(path, frames)
+        self.write_sheet(path.with_suffix(".sheet.jpg"), job, frames)
+        record |= {"seconds": round(time.monotonic() - start, 2), "device": describe_device(self.pipeline.device)}
+        write_json(path.with_suffix(".json"), record)
+        logger.info("%s", path)
+        return path
+
+    def num_frames(self, job: Job) -> int:
+        return job.num_frames or self.pipeline.transformer.config.sample_frames
+
+    def frames(self, job: Job) -> NDArray[np.uint8]:
+        """(F, H, W, 3)."""
+        generator = torch.Generator().manual_seed(job.seed)
+        photos = list(job.photos) or None
+        [frames] = self.pipeline(**job.call(), reference_images=photos, generator=generator, output_type="np").frames
+        return (frames * 255).round().astype(np.uint8)
+
+    def write(self, path: Path, frames: NDArray[np.uint8]) -> None:
+        if path.suffix == ".png":
+            write_png(path, frames[0])
+        else:
+            write_mp4(path, frames, self.fps)
+        if self.signing is not None:
+            sign_file(path, self.signing, path.name)
+
+    def write_sheet(self, path: Path, job: Job, frames: NDArray[np.uint8]) -> None:
+        """The first photo and some frames."""
+        shown = sample_frames(len(frames), FRAMES_SHOWN)
+        reference = square(load_photo(job.photos[0])) if job.photos else np.full((64, 64, 3), 255, np.uint8)
+        sheet = contact_sheet([SheetRow(job.prompt, reference, (frames,))], ["generated"], shown, SHEET_HEIGHT)
+        write_jpeg(path, sheet)
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        """All that the video follows from."""
+        photos = [{"file": path, "sha256": sha256(Path(path))} for path in absolute(job.photos)]
+        settings = asdict(job) | {"photos": photos}
+        scheduler = type(self.pipeline.scheduler).__name__
+        return {"job": settings, "fps": self.fps, "scheduler": scheduler, "generated": DISCLOSURE, **self.made_with}
+
+
+# Jobs -----------------------------------------------------------------------------------------------------------------
+
+
+def read_jobs(file: Path, default: Job) -> list[Job]:
+    """Jobs of a CSV with a head line (photos separated by semicolons), of a JSON list of objects, or of what a former
+    run left beside a video; paths count from the file's folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is neither, or an entry has an unknown or a missing field.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"No file of jobs at {file}.")
+    try:
+        rows = read_rows(file)
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} can be read neither as JSON nor as CSV: {error}") from error
+    if not rows:
+        raise ValueError(f"{file} holds no jobs.")
+    return [make_job(row, default, f"{file}, entry {i + 1}", file.parent) for i, row in enumerate(rows)]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    if file.suffix.lower() == ".csv":
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            return [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
+    read = json.loads(file.read_text())
+    if isinstance(read, dict):
+        read = [read.get("job", read)]
+    return read if isinstance(read, list) else []
+
+
+def make_job(row: Any, default: Job, where: str, folder: Path) -> Job:
+    kinds = {field.name: str(field.type).split(" | ")[0] for field in fields(Job)}
+    if not isinstance(row, dict) or not row.keys() <= kinds.keys():
+        unknown = ", ".join(sorted(row.keys() - kinds.keys(), key=str)) if isinstance(row, dict) else repr(row)
+        raise ValueError(f"{where}: unknown {unknown}; a job has {', '.join(kinds)}.")
+    try:
+        values = {name: convert(kinds[name], value) for name, value in row.items() if value is not None}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: {error}; {row}") from error
+    if "photos" in values:
+        values["photos"] = tuple(str(folder / photo) for photo in photo_files(values["photos"]))
+    return replace(default, **values)
+
+
+def convert(kind: str, value: Any) -> Any:
+    return NUMBERS[kind](value) if kind in NUMBERS else value
+
+
+def photo_files(photos: str | Sequence[Any]) -> list[str]:
+    if isinstance(photos, str):
+        return [part.strip() for part in photos.split(";")]
+    return [photo["file"] if isinstance(photo, dict) else photo for photo in photos]
+
+
+def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
+    """Each with a name of its own, and `num_videos` of each, with seeds that count up.
+
+    Raises:
+        ValueError: a name that is no file name, or two the same.
+    """
+    named = []
+    for i, job in enumerate(jobs):
+        stem = job.name or f"{i:03d}-{'-'.join(re.findall('[a-z0-9]+', job.prompt.lower())[:6])}"
+        for j in range(num_videos):
+            name = stem if num_videos == 1 else f"{stem}-{job.seed + j}"
+            named.append(replace(job, name=name, seed=job.seed + j))
+    for job in named:
+        if not NAME.fullmatch(job.name):
+            raise ValueError(f"name={job.name!r} is no file name: letters, digits, dots, dashes, underscores.")
+    if len({job.name for job in named}) < len(named):
+        raise ValueError("Two jobs have the same name; leave names out, or give each its own.")
+    return named
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        FileNotFoundError: a photo is not there.
+        ValueError: a job without prompt or photo, or a photo that is no picture.
+    """
+    for job in jobs:
+        if not job.prompt.strip():
+            raise ValueError(f"{job.name}: the prompt is empty; give --prompt.")
+        if not job.photos and job.face_scale:
+            raise ValueError(
+                f"{job.name}: no photo; give --photos, or --face-scale 0 for a video of nobody in particular."
+            )
+        for photo in job.photos:
+            load_photo(photo)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    info, partial = PngInfo(), path.with_name(f".{path.name}.partial")
+    info.add_text("Comment", DISCLOSURE)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(partial, "PNG", pnginfo=info)
+    replace_path(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    replace_path(partial, path)
+
+
+def merge_entries(file: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the manifest holds already, with these in place of entries of the same video."""
+    stored = json.loads(file.read_text()) if file.is_file() else []
+    fresh = {entry["video"] for entry in entries}
+    return [entry for entry in stored if entry["video"] not in fresh] + entries
+
+
+def same_making(file: Path, record: dict[str, Any]) -> bool:
+    if not file.is_file():
+        return False
+    stored = json.loads(file.read_text())
+    return all(stored.get(name) == value for name, value in json.loads(json.dumps(record)).items())
+
+
+def square(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The middle."""
+    side = min(picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    return picture[top : top + side, left : left + side]
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def absolute(photos: Sequence[str]) -> list[str]:
+    return [Path(photo).absolute().as_posix() for photo in photos]
+
+
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m mm_lightning.generate", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    default = Job("", ())
+    add("--photos", nargs="+", default=[], help="of one person")
+    add("--prompt", action="append", default=[], help="may be given several times: one video each")
+    add("--jobs", type=Path, help="CSV or JSON, fields as these options; they are defaults for it")
+    add("--out", type=Path, default=Path("outputs/generated"))
+    add("--name", default="", help="of the files; made from the prompt by default")
+    add("--num-videos", type=int, default=1, help="of each prompt, with seeds that count up")
+    for name in ("seed", "num_inference_steps"):
+        add(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
+    for name in ("num_frames", "height", "width"):
+        add(f"--{name.replace('_', '-')}", type=int, help="the base model's by default")
+    for name in ("guidance_scale", "face_scale", "identity_guidance_scale"):
+        add(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
+    add("--use-dynamic-cfg", action="store_true", help="diffusers' guidance that changes over the steps")
+    add("--negative-prompt")
+    add("--face-index", type=int, help="which face of a photo with several, from the left")
+    add("--fps", type=float, default=8.0)
+    add_weights(parser)
+    add("--unsigned", action="store_true", help="without content credentials; the comment stays")
+    add("--signing-key", type=Path, help="PEM; by default one is made for this machine, which nobody trusts")
+    add("--signing-certificates", type=Path, help="PEM chain of the key")
+    return parser, parser.parse_args(arguments)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", help="CogVideoX, a folder or hub id; by default the miniature that comes along")
+    add("--adapter", help="a folder or hub id")
+    add("--vision", help="CLIP's folder or PhotoMaker-V2's file; image_encoder/ of the base by default")
+    add("--recognizer", help="the adapter's own by default")
+    add("--detector", default="auto", help="auto, dlib, or an insightface pack")
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--offload", default="none", choices=list(OFFLOADS))
+    add("--tiling", action="store_true", help="the VAE decodes in tiles: less memory")
+    add("--scheduler", choices=list(SCHEDULERS), help="the base model's by default")
+
+
+def collect_jobs(options: argparse.Namespace) -> list[Job]:
+    """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs` and `check_jobs` raise."""
+    if options.num_videos < 1:
+        raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
+    names = {field.name for field in fields(Job)} - {"prompt", "photos"}
+    common = {name: getattr(options, name) for name in names}
+    default = Job(prompt="", photos=tuple(options.photos), **common)
+    if options.jobs is not None:
+        jobs = read_jobs(options.jobs, default)
+    elif options.prompt:
+        jobs = [replace(default, prompt=prompt) for prompt in options.prompt]
+    else:
+        raise ValueError("Nothing to make: give --prompt, or --jobs.")
+    jobs = name_jobs(jobs, options.num_videos)
+    check_jobs(jobs)
+    return jobs
+
+
+def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:
+    """The weights named, or the miniature's; raises what `MagicMirrorPipeline.from_pretrained` raises."""
+    base, adapter = options.base, options.adapter
+    if base is None:
+        base, adapter = MINIATURE / "model", adapter or MINIATURE / "adapter"
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    pipeline = MagicMirrorPipeline.from_pretrained(
+        base, adapter, dtype, options.vision, options.recognizer, options.detector
+    )
+    if options.scheduler:
+        pipeline.scheduler = SCHEDULERS[options.scheduler].from_config(pipeline.scheduler.config)
+    if options.tiling:
+        pipeline.vae.enable_tiling()
+    if OFFLOADS[options.offload] is None:
+        return pipeline.to(device)
+    getattr(pipeline, OFFLOADS[options.offload])(device=device)
+    return pipeline
+
+
+def describe_weights(pipeline: MagicMirrorPipeline, options: argparse.Namespace) -> dict[str, Any]:
+    adapter = Path(pipeline.adapter_folder) / "adapter.safetensors"
+    return {
+        "base": pipeline.record["base"],
+        "adapter": {"sha256": sha256(adapter)},
+        "detector": pipeline.detector.info["name"],
+        "recognizer": pipeline.face_encoder.recognizer.name,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def verify(files: Sequence[str]) -> Iterator[str]:
+    """What each file says of its making, a paragraph each.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_mark`.
+    """
+    for file in files:
+        mark = read_mark(file)
+        yield f"{file}\n  comment: {mark.comment or 'none'}"
+        if not mark.signed:
+            yield "  content credentials: none"
+            continue
+        made = "made by a trained model" if mark.generated else "says nothing of a model"
+        state = "unchanged since" if mark.intact else f"CHANGED SINCE, or not valid ({', '.join(mark.problems)})"
+        trust = "on a trust list" if mark.trusted else "not on a trust list, so anybody may have signed"
+        yield f"  content credentials: {made}; {state}\n  signed by: {mark.signer} ({trust})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["verify"]:
+            print("\n".join(verify(arguments[1:])))
+            return
+        _, options = parse(arguments)
+        jobs = collect_jobs(options)
+        signing = None if options.unsigned else read_signing(options.signing_key, options.signing_certificates)
+        pipeline = load_pipeline(options)
+        Generator(pipeline, options.out, describe_weights(pipeline, options), signing, options.fps).run(jobs)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""`python -m mm_lightning.generate`, as a user types it, on the smallest CogVideoX."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from mm_lightning import generate
+from mm_lightning.credentials import make_certificates, read_mark
+from mm_lightning.generate import main
+from mm_lightning.media import DISCLOSURE
+from mm_lightning.prepare.samples import packaged_file
+from tests.conftest import ROOT
+from tests.test_pipeline import trained  # noqa: F401
+
+FAST = ["--num-inference-steps", "2", "--height", "32", "--width", "32", "--num-frames", "5", "--guidance-scale", "2"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """No test signs with, or writes, the user's own key."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    file = tmp_path_factory.mktemp("photos") / "her.png"
+    Image.fromarray(skimage.data.astronaut()).save(file)
+    return file
+
+
+@pytest.fixture
+def weights(tiny_folder, trained):  # noqa: F811
+    return ["--base", str(tiny_folder), "--adapter", str(trained.adapter), "--detector", "dlib"]
+
+
+@pytest.fixture
+def run(weights, photo, tmp_path):
+    def run(*arguments, photos=(str(photo),)):
+        given = ["--photos", *photos] if photos else []
+        main([*given, *FAST, *weights, "--out", str(tmp_path / "out"), *arguments])
+        return tmp_path / "out"
+
+    return run
+
+
+def decode(file):
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], stream
+
+
+def test_a_video_its_sheet_its_record_and_the_manifest(run, photo):
+    out = run("--prompt", "A woman img smiles", "--seed", "7")
+    [file] = out.glob("*.mp4")
+    frames, stream = decode(file)
+    assert (len(frames), frames[0].shape) == (5, (32, 32, 3))
+    assert (stream.codec_context.name, float(stream.average_rate)) == ("h264", 8.0)
+    assert file.name == "000-a-woman-img-smiles.mp4"
+    sheet = Image.open(file.with_suffix(".sheet.jpg"))
+    assert sheet.size[0] > 6 * 192
+    assert sheet.info["comment"].decode() == DISCLOSURE
+    record = json.loads(file.with_suffix(".json").read_text())
+    assert record["job"]["seed"] == 7
+    assert record["job"]["photos"][0]["sha256"] == generate.sha256(photo)
+    assert len(record["adapter"]["sha256"]) == 64
+    assert set(record["versions"]) == {"magicmirror-lightning", "torch", "diffusers", "transformers"}
+    [entry] = json.loads((out / "manifest.json").read_text())
+    assert entry["video"] == file.name
+    assert entry["references"] == [photo.as_posix()]
+
+
+def test_a_record_makes_the_same_video_again(run, weights, tmp_path):
+    out = run("--prompt", "A woman img smiles", "--seed", "7", "--face-scale", "0.7")
+    [file] = out.glob("*.mp4")
+    main(["--jobs", str(file.with_suffix(".json")), *weights, "--out", str(tmp_path / "again")])
+    again = tmp_path / "again" / file.name
+    assert np.array_equal(decode(file)[0], decode(again)[0])
+
+
+def test_what_is_there_is_kept_and_other_settings_make_it_anew(run):
+    arguments = ["--prompt", "A woman img smiles", "--name", "she"]
+    video = run(*arguments) / "she.mp4"
+    made = video.stat().st_mtime_ns
+    assert (run(*arguments) / "she.mp4").stat().st_mtime_ns == made
+    assert (run(*arguments, "--seed", "1") / "she.mp4").stat().st_mtime_ns > made
+    assert len(json.loads((video.parent / "manifest.json").read_text())) == 1
+
+
+def test_several_prompts_and_seeds(run):
+    out = run("--prompt", "A woman img smiles", "--prompt", "A man img runs", "--num-videos", "2")
+    names = sorted(file.name for file in out.glob("*.mp4"))
+    assert names == [
+        f"{stem}-{seed}.mp4" for stem in ("000-a-woman-img-smiles", "001-a-man-img-runs") for seed in (0, 1)
+    ]
+    assert len({file.read_bytes() for file in out.glob("*.mp4")}) == 4
+    assert len(json.loads((out / "manifest.json").read_text())) == 4
+
+
+def test_one_frame_is_a_png(run):
+    out = run("--prompt", "A woman img smiles", "--num-frames", "1", "--name", "still")
+    mark = read_mark(out / "still.png")
+    assert Image.open(out / "still.png").size == (32, 32)
+    assert (mark.comment, mark.intact, mark.generated) == (DISCLOSURE, True, True)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_jobs_from_a_file(run, photo, tmp_path, kind):
+    other = tmp_path / "other.jpg"
+    Image.open(packaged_file("insightface", "data/images/t1.jpg")).save(other)
+    rows = [
+        {"name": "one", "prompt": "A woman img smiles", "seed": "3"},
+        {"name": "two", "prompt": "A man img runs", "photos": f"{photo};other.jpg", "face_index": "0"},
+    ]
+    file = tmp_path / f"jobs.{kind}"
+    if kind == "json":
+        rows[1] |= {"photos": [str(photo), "other.jpg"], "face_index": 0}
+        file.write_text(json.dumps(rows))
+    else:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["name", "prompt", "seed", "photos", "face_index"])
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write_text(text.getvalue())
+    out = run("--jobs", str(file))
+    one, two = (json.loads((out / f"{name}.json").read_text())["job"] for name in ("one", "two"))
+    assert (one["seed"], len(one["photos"]), one["num_frames"]) == (3, 1, 5)
+    assert ([p["file"] for p in two["photos"]], two["face_index"]) == ([photo.as_posix(), other.as_posix()], 0)
+
+
+def test_nobody_in_particular(run):
+    out = run("--prompt", "A dog runs", "--face-scale", "0", "--name", "dog", photos=())
+    assert (out / "dog.mp4").is_file()
+
+
+# Marks
+
+
+def test_verify_reads_the_marks_back(run, capsys, tmp_path):
+    out = run("--prompt", "A woman img smiles", "--name", "she")
+    capsys.readouterr()
+    main(["verify", str(out / "she.mp4")])
+    said = capsys.readouterr().out
+    assert DISCLOSURE in said
+    assert "made by a trained model; unchanged since" in said
+    assert "test certificate of this machine (not on a trust list" in said
+    damaged = tmp_path / "damaged.mp4"
+    data = bytearray((out / "she.mp4").read_bytes())
+    data[len(data) // 2] ^= 255
+    damaged.write_bytes(data)
+    main(["verify", str(damaged)])
+    assert "CHANGED SINCE" in capsys.readouterr().out
+
+
+def test_unsigned_files_keep_their_comment(run, capsys):
+    out = run("--prompt", "A woman img smiles", "--name", "she", "--unsigned")
+    capsys.readouterr()
+    main(["verify", str(out / "she.mp4")])
+    said = capsys.readouterr().out
+    assert DISCLOSURE in said
+    assert "content credentials: none" in said
+
+
+def test_a_signer_of_ones_own(run, tmp_path):
+    signing = make_certificates()
+    (tmp_path / "key.pem").write_bytes(signing.key)
+    (tmp_path / "chain.pem").write_bytes(signing.certificates)
+    signer = ["--signing-key", str(tmp_path / "key.pem"), "--signing-certificates", str(tmp_path / "chain.pem")]
+    out = run("--prompt", "A woman img smiles", "--name", "she", *signer)
+    assert read_mark(out / "she.mp4").intact
+    with pytest.raises(SystemExit, match="go together"):
+        run("--prompt", "A woman img smiles", "--signing-key", str(tmp_path / "key.pem"))
+
+
+def test_the_machines_key_is_for_its_owner_alone(run, tmp_path_factory):
+    run("--prompt", "A woman img smiles")
+    key = tmp_path_factory.getbasetemp() / "cache/magicmirror-lightning/signing/key.pem"
+    assert key.stat().st_mode & 0o777 == 0o600
+
+
+# Mistakes, told before anything is loaded
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    monkeypatch.setattr(generate, "load_pipeline", lambda options: pytest.fail("the weights were loaded"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Nothing to make"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "A man", "--num-videos", "0"], "--num-videos=0"),
+        (["--prompt", "A man", "--name", "a/b"], "name='a/b' is no file name"),
+        (["--prompt", "A man", "--prompt", "A boy", "--name", "he"], "Two jobs have the same name"),
+        (["--prompt", "A man", "--photos", "/nowhere.jpg"], "No photo at /nowhere.jpg"),
+        (["--prompt", "A man", "--photos", __file__], "cannot be read as a picture"),
+        (["--jobs", "/nowhere.csv"], "No file of jobs at /nowhere.csv"),
+    ],
+)
+def test_mistakes(run, nothing_loads, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments)
+
+
+def test_a_photo_is_needed(run, nothing_loads):
+    with pytest.raises(SystemExit, match="no photo; give --photos"):
+        run("--prompt", "A man", photos=())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds no jobs"),
+        ("{", "neither as JSON nor as CSV"),
+        ('[{"promt": "A man"}]', "entry 1: unknown promt; a job has prompt, photos"),
+        ('[{"prompt": "A man", "seed": "many"}]', "entry 1: invalid literal for int"),
+        ("[3]", "entry 1: unknown 3"),
+    ],
+)
+def test_mistakes_in_a_file_of_jobs(run, nothing_loads, tmp_path, content, message):
+    (tmp_path / "jobs.json").write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        run("--jobs", str(tmp_path / "jobs.json"))
+
+
+def test_weights_that_are_missing_and_prompts_without_a_person(run, weights, photo, tmp_path):
+    with pytest.raises(SystemExit, match="base model folder /nowhere does not exist"):
+        run("--prompt", "A man", "--base", "/nowhere")
+    with pytest.raises(SystemExit, match="No word for a person"):
+        run("--prompt", "A dog")
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_as_a_command():
+    command = [sys.executable, "-m", "mm_lightning.generate", "verify", "/nowhere.mp4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: No such file: /nowhere.mp4.\n")
