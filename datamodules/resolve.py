@@ -159,7 +159,10 @@ def _from_pattern(pattern: str) -> ShardSet:
     return ShardSet([Shard(url) for url in urls])
 
 
-_HINT = " Make a small set with `python -m mm_lightning.prepare.samples --out data/samples`."
+_HINT = (
+    " `python -m mm_lightning.prepare` makes shards, `python -m mm_lightning.prepare.samples --out data/samples` a "
+    "small set, `python -m mm_lightning.miniature.cache` those of the miniature."
+)
 
 
 def _content(folder: Path) -> str:

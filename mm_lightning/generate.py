@@ -20,7 +20,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,7 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
 FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
+NOT_ARGUMENTS = ("photos", "name", "seed", "identity", "group")
 NAME = re.compile(r"[\w][\w.-]{0,99}")
 MANIFEST = "manifest.json"
 
@@ -69,10 +70,12 @@ class Job:
     face_scale: float = 1.0
     identity_guidance_scale: float = 1.0
     face_index: int | None = None
+    identity: str | None = None  # for evaluation: whose photos these are, and of which group
+    group: str | None = None
 
     def call(self) -> dict[str, Any]:
         """Arguments of the pipeline, but for the person."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("photos", "name", "seed")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_ARGUMENTS}
 
 
 NUMBERS = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[str(text).lower()]}
@@ -87,13 +90,20 @@ class Generator:
         made_with: what the weights are, for the record.
         signing: None leaves the files unsigned.
         fps: of the videos.
+        callback_on_step_end: of `CogVideoXPipeline`, called after each denoising step.
     """
 
     def __init__(
-        self, pipeline: MagicMirrorPipeline, out: Path, made_with: dict[str, Any], signing: Signing | None, fps: float
+        self,
+        pipeline: MagicMirrorPipeline,
+        out: Path,
+        made_with: dict[str, Any],
+        signing: Signing | None,
+        fps: float,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> None:
         self.pipeline, self.out, self.made_with = pipeline, out, made_with
-        self.signing, self.fps = signing, fps
+        self.signing, self.fps, self.callback_on_step_end = signing, fps, callback_on_step_end
 
     def run(self, jobs: Sequence[Job]) -> list[Path]:
         """The videos' paths, in order; a manifest of all of them for `mm_lightning.evaluate`."""
@@ -101,9 +111,7 @@ class Generator:
         for job in tqdm(jobs, desc="videos", unit="video", disable=len(jobs) == 1):
             path = self.make(job)
             made.append(path)
-            entries.append(
-                {"video": path.name, "prompt": job.prompt, "references": absolute(job.photos), "name": job.name}
-            )
+            entries.append(manifest_entry(path, job))
             write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries))
         return made
 
@@ -128,9 +136,9 @@ class Generator:
 
     def frames(self, job: Job) -> NDArray[np.uint8]:
         """(F, H, W, 3)."""
-        generator = torch.Generator().manual_seed(job.seed)
-        photos = list(job.photos) or None
-        [frames] = self.pipeline(**job.call(), reference_images=photos, generator=generator, output_type="np").frames
+        options = {"generator": torch.Generator().manual_seed(job.seed), "reference_images": list(job.photos) or None}
+        options |= {"output_type": "np", "callback_on_step_end": self.callback_on_step_end}
+        [frames] = self.pipeline(**job.call(), **options).frames
         return (frames * 255).round().astype(np.uint8)
 
     def write(self, path: Path, frames: NDArray[np.uint8]) -> None:
@@ -268,6 +276,12 @@ def write_json(path: Path, content: Any) -> None:
     replace_path(partial, path)
 
 
+def manifest_entry(video: Path, job: Job) -> dict[str, Any]:
+    """As `mm_lightning.evaluate` reads it."""
+    entry = {"video": video.name, "prompt": job.prompt, "references": absolute(job.photos)}
+    return entry | {name: value for name in ("identity", "group") if (value := getattr(job, name)) is not None}
+
+
 def merge_entries(file: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the manifest holds already, with these in place of entries of the same video."""
     stored = json.loads(file.read_text()) if file.is_file() else []
@@ -327,8 +341,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
     add("--fps", type=float, default=8.0)
     add_weights(parser)
     add("--unsigned", action="store_true", help="without content credentials; the comment stays")
-    add("--signing-key", type=Path, help="PEM; by default one is made for this machine, which nobody trusts")
-    add("--signing-certificates", type=Path, help="PEM chain of the key")
+    add_signing(parser)
     return parser, parser.parse_args(arguments)
 
 
@@ -346,11 +359,17 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", choices=list(SCHEDULERS), help="the base model's by default")
 
 
+def add_signing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--signing-key", type=Path, help="PEM; by default one is made for this machine, which nobody trusts")
+    add("--signing-certificates", type=Path, help="PEM chain of the key")
+
+
 def collect_jobs(options: argparse.Namespace) -> list[Job]:
     """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs` and `check_jobs` raise."""
     if options.num_videos < 1:
         raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
-    names = {field.name for field in fields(Job)} - {"prompt", "photos"}
+    names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group"}
     common = {name: getattr(options, name) for name in names}
     default = Job(prompt="", photos=tuple(options.photos), **common)
     if options.jobs is not None:

@@ -37,6 +37,7 @@ from mm_lightning.encoders.recognizer import FaceRecognizer, check_recognizer, l
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder, drop_text
 from mm_lightning.face_decoder import FaceDecoder
 from mm_lightning.losses.identity import average_reference_embedding
+from mm_lightning.pipeline import MagicMirrorPipeline
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
 from mm_lightning.strategy import shard_module
 from mm_lightning.types import Batch, FaceFeatures, IdentityCondition, LossOutput, NoisySample, Preview, TextFeatures
@@ -334,6 +335,27 @@ class MagicMirrorModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Looking at it --------------------------------------------------------------------------------------------------
+
+    def build_pipeline(self) -> MagicMirrorPipeline:
+        """Generation with the weights as they are now, nothing copied; it finds no faces, give it `identity`."""
+        if self.face_decoder is None or self.text is None:
+            raise ValueError(
+                "Generating needs the VAE and the text encoder: load both, or leave out the callbacks that generate."
+            )
+        backbone = self.backbone
+        pipeline = MagicMirrorPipeline(
+            tokenizer=backbone.tokenizer,
+            text_encoder=backbone.text_encoder,
+            vae=backbone.vae,
+            transformer=self.transformer,
+            scheduler=type(backbone.scheduler).from_config(backbone.scheduler.config),
+            face_encoder=self.features,
+            front_end=self.front_end,
+            record=self.record(),
+            extra_identity_words=self.extra_identity_words,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @torch.no_grad()
     def generate_preview(self, batch: Batch) -> Preview:

@@ -84,3 +84,25 @@ class Preview(NamedTuple):
     reference: Tensor  # (3, S, S)
     video: Tensor  # (F, 3, H, W), generated
     denoised: Tensor | None  # (F, 3, H, W), the decoded estimate of a noised target
+
+
+class VideoFaces(NamedTuple):
+    """The person's face in each frame, found and embedded once for all metrics. Coordinates as in Batch.
+
+    Where `found` is False the frame shows no face; what the other tensors hold there is never read.
+    """
+
+    found: Tensor  # (B, F) bool
+    boxes: Tensor  # (B, F, 4) x0 y0 x1 y1
+    landmarks: Tensor  # (B, F, 5, 2)
+    embeddings: Tensor  # (B, F, E), raw, by any recogniser, the one of ReferenceFaces
+    sizes: Tensor  # (B, 2) height and width of the frames, pixels
+
+
+class ReferenceFaces(NamedTuple):
+    """The person's face in each reference picture, in pixels of that picture; never read where `mask` is False."""
+
+    boxes: Tensor  # (B, R, 4) x0 y0 x1 y1
+    landmarks: Tensor  # (B, R, 5, 2)
+    embeddings: Tensor  # (B, R, E), raw
+    mask: Tensor  # (B, R) bool, False where a sample has fewer references than R or the picture shows no face

