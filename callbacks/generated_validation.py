@@ -6,6 +6,7 @@ Letters: K people, R references, F frames, H W pixels, S side of a reference.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,8 @@ from mm_lightning.metrics.face_motion_ref import FaceMotionRef
 from mm_lightning.metrics.id_similarity import AverageIDSimilarity, frame_similarity
 from mm_lightning.metrics.similarity_decay import SimilarityDecay
 from mm_lightning.types import Batch, FaceFeatures, ReferenceFaces, VideoFaces
+
+logger = logging.getLogger(__name__)
 
 FRAMES_SHOWN, HEIGHT = 6, 128
 FACES_ALONE = ("face_found", "fm_inter")  # metrics that look at no reference
@@ -127,7 +130,10 @@ class GeneratedValidation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        pl_module.build_pipeline()  # what it lacks is told now, not after a thousand steps
         self.people = trainer.strategy.broadcast(self.choose_people(trainer, pl_module))
+        if not self.people:
+            logger.warning("No validation sample has a reference with a face: callbacks.generated shows nothing.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -150,11 +156,7 @@ class GeneratedValidation(Callback):
 
     @torch.no_grad()
     def choose_people(self, trainer: Trainer, pl_module: LightningModule) -> list[Person]:
-        """The first of this rank's validation set whose references show a face.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The first of this rank's validation set whose references show a face."""
         people: list[Person] = []
         data = trainer.datamodule
         for batch in data.val_dataloader():
@@ -166,8 +168,6 @@ class GeneratedValidation(Callback):
                     people.append(person)
                 if len(people) == self.num_people:
                     return people
-        if not people:
-            raise ValueError("No validation sample has a reference with a face: leave out callbacks.generated.")
         return people
 
     def make_person(self, batch: Batch, features: FaceFeatures, index: int) -> Person | None:
@@ -190,6 +190,8 @@ class GeneratedValidation(Callback):
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, judge, log, and keep the adapter if it is the best so far."""
         self._last_step = trainer.global_step
+        if not self.people:
+            return
         with averaged_weights(trainer, pl_module):
             generated = self.generate(trainer, pl_module)
             figures = self.judge(generated, pl_module.device)
@@ -255,9 +257,9 @@ class GeneratedValidation(Callback):
         sheet = contact_sheet(rows, ["generated"], shown, HEIGHT)
         gif = encode_gif(animation(rows, HEIGHT), self.fps)
         figure = similarity_figure(generated)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                writer, step = logger.experiment, trainer.global_step
+        for trainer_logger in trainer.loggers:
+            if isinstance(trainer_logger, TensorBoardLogger):
+                writer, step = trainer_logger.experiment, trainer.global_step
                 writer.add_image("validation/sheet", np.asarray(sheet), step, dataformats="HWC")
                 writer.add_figure("validation/similarity_over_frames", figure, step, close=False)
                 writer.file_writer.add_summary(gif_summary("validation/videos", gif), step)

@@ -62,7 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m mm_lightning.miniature.cache", description="Caches what the frozen networks say of the people."
     )
     parser.add_argument("--people", type=Path, default=Path("data/miniature/people"), help="folder of the shards")
-    parser.add_argument("--model", type=Path, required=True, help="backbone in diffusers' layout, with image_encoder/")
+    shipped = Path("mm_lightning/miniature/assets/model")
+    parser.add_argument("--model", type=Path, default=shipped, help="diffusers' layout, with image_encoder/")
     parser.add_argument("--out", type=Path, default=Path("data/miniature/cached"))
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train", "validation"])
     parser.add_argument("--num-references", type=int, default=1, help="reference stills kept of each sample, at most")

@@ -135,6 +135,14 @@ def test_the_best_adapter_is_written(reader, train, tmp_path, talking, monkeypat
     assert callback.best["step"] == trainer.global_step == 2
 
 
+def test_without_faces_to_compare_with_it_warns_and_lets_train(reader, train, monkeypatch, caplog):
+    callback = GeneratedValidation(reader, num_people=1, num_frames=5, height=32, width=32)
+    monkeypatch.setattr(callback, "make_person", lambda *_: None)
+    _, trainer, _ = train(callback, num_steps=1)
+    assert trainer.global_step == 1
+    assert "No validation sample has a reference with a face" in caplog.text
+
+
 def test_wrong_arguments(reader):
     with pytest.raises(ValueError, match="every_n_steps=-1"):
         GeneratedValidation(reader, every_n_steps=-1)
