@@ -25,15 +25,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@
 
-# Of the long recipe: what two cores do in ten minutes.
-SCALE ?= 0.1
-
 data: $(VENV)/.installed ## the miniature's people -> shards with what the frozen networks say of them
 	$(RUN) -m mm_lightning.miniature.cache --num-references 2
 
 train: data ## install, then train the miniature's two stages and judge them on people never seen
-	$(RUN) train.py experiment=miniature_stage1 scale=$(SCALE) $(ARGS)
-	$(RUN) train.py experiment=miniature_stage2 scale=$(SCALE) $(ARGS)
+	$(RUN) train.py experiment=miniature_stage1 scale=0.1 $(ARGS)
+	$(RUN) train.py experiment=miniature_stage2 scale=0.1 $(ARGS)
 	$(RUN) -m mm_lightning.miniature.table --adapter outputs/miniature_stage2/latest/adapter --log-dir outputs/miniature_table/tensorboard
 	@$(RUN) -m mm_lightning.config outputs
 

@@ -84,6 +84,7 @@ class GeneratedValidation(Callback):
         face_reader: finds and embeds faces.
         every_n_steps: optimizer steps between looks; 0 looks only at the end.
         num_people: K, with a reference that shows a face.
+        stride: every so many samples of the validation set, which may have several of one person.
         prompts: of each person; None takes the caption of its validation sample.
         num_frames: 4k+1.
         height, width: pixels; None takes the base's own.
@@ -99,6 +100,7 @@ class GeneratedValidation(Callback):
         face_reader: Reader,
         every_n_steps: int = 1000,
         num_people: int = 4,
+        stride: int = 1,
         prompts: Sequence[str] | None = None,
         num_frames: int = 49,
         height: int | None = None,
@@ -111,11 +113,11 @@ class GeneratedValidation(Callback):
         min_motion: float = 0.2,
         fps: float = 8.0,
     ) -> None:
-        if every_n_steps < 0 or num_people < 1:
-            raise ValueError(
-                f"every_n_steps={every_n_steps}, num_people={num_people}: give 0 or more steps and at least one person."
-            )
-        self.face_reader, self.every_n_steps, self.num_people = face_reader, every_n_steps, num_people
+        if every_n_steps < 0 or num_people < 1 or stride < 1:
+            given = f"every_n_steps={every_n_steps}, num_people={num_people}, stride={stride}"
+            raise ValueError(f"{given}: give 0 or more steps, at least one person and a stride from 1.")
+        self.face_reader, self.every_n_steps = face_reader, every_n_steps
+        self.num_people, self.stride = num_people, stride
         self.prompts = None if prompts is None else tuple(prompts)
         self.sampling = {"num_frames": num_frames, "num_inference_steps": num_inference_steps}
         self.sampling |= {"height": height, "width": width}
@@ -158,14 +160,15 @@ class GeneratedValidation(Callback):
     def choose_people(self, trainer: Trainer, pl_module: LightningModule) -> list[Person]:
         """The first of this rank's validation set whose references show a face."""
         people: list[Person] = []
-        data = trainer.datamodule
+        data, num_seen = trainer.datamodule, 0
         for batch in data.val_dataloader():
             batch = data.on_after_batch_transfer(move_data_to_device(batch, pl_module.device), 0)
-            features = pl_module.encode_features(batch)
-            for i in range(len(batch.keys)):
-                person = self.make_person(batch, move_data_to_device(features, "cpu"), i)
-                if person is not None:
-                    people.append(person)
+            features = move_data_to_device(pl_module.encode_features(batch), "cpu")
+            chosen = [i for i in range(len(batch.keys)) if (num_seen + i) % self.stride == 0]
+            num_seen += len(batch.keys)
+            for i in chosen:
+                person = self.make_person(batch, features, i)
+                people += [] if person is None else [person]
                 if len(people) == self.num_people:
                     return people
         return people

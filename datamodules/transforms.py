@@ -441,7 +441,8 @@ def compare_cache(name: str, wanted: Mapping[str, Any], recorded: Mapping[str, A
             raise ValueError(
                 f"{name} is stale: {key} is {found!r} in its record ({recorded.get('model', 'no model')}), but "
                 f"{value!r} in cache_id ({wanted.get('model', 'no model')}); cache the tensors again with "
-                "`python -m mm_lightning.prepare`, or take them out of the shards."
+                "`python -m mm_lightning.prepare` (the miniature's: `python -m mm_lightning.miniature.cache`), or take "
+                "them out of the shards."
             )
 
 

@@ -24,6 +24,7 @@ from mm_lightning.config import register_resolvers
 from mm_lightning.media import to_uint8
 from mm_lightning.miniature.layout import read_samples
 from mm_lightning.module import MagicMirrorModule, sample_generators
+from mm_lightning.pipeline import identity_guidance
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
 from mm_lightning.types import Batch, IdentityCondition
 
@@ -46,6 +47,7 @@ class Sampling(NamedTuple):
     guidance: float = 6.0
     seed: int = 0
     num_references: int = 2  # stills that the model is shown, the first ones
+    identity_guidance: float = 1.0  # contrasts the person with nobody; 1 does not
 
 
 # What is there --------------------------------------------------------------------------------------------------------
@@ -142,19 +144,26 @@ def generate_clips(
         with_identity: False takes the backbone alone, without adapter and fusion.
     """
     identity = condition(module, batch, sampling.num_references, with_identity)
-    latents = generate_latents(
-        build_pipeline(module.backbone, module.transformer),
-        latents_shape(module, batch),
-        identity,
-        module.null_prompt_embeds(),
-        sampling.steps,
-        sampling.guidance,
-        sample_generators(sampling.seed, -1, names),
-    )
+    nobody = None
+    if with_identity and sampling.identity_guidance != 1:
+        nobody = condition(module, batch, num_references=0, with_identity=True)
+        if sampling.guidance > 1:
+            nobody = nobody._replace(prompt_embeds=module.null_prompt_embeds().expand_as(nobody.prompt_embeds))
+    with identity_guidance(module.transformer, nobody, sampling.identity_guidance, face_scale=1.0):
+        latents = generate_latents(
+            build_pipeline(module.backbone, module.transformer),
+            latents_shape(module, batch),
+            identity,
+            module.null_prompt_embeds(),
+            sampling.steps,
+            sampling.guidance,
+            sample_generators(sampling.seed, -1, names),
+        )
     return to_uint8(decode_latents(module.backbone.vae, latents))
 
 
 def condition(module: MagicMirrorModule, batch: Batch, num_references: int, with_identity: bool) -> IdentityCondition:
+    """What the transformer is told; without a reference, the null identity."""
     text = module.text(batch.captions)
     if not with_identity:
         return IdentityCondition(text.prompt_embeds, face_hidden_states=None, id_embed=None)

@@ -253,12 +253,13 @@ def format_figure(name: str, value: float) -> str:
 
 
 def describe(table: Table, clips_per_person: int) -> str:
-    people, shown = len(table.gallery.people), table.sampling.num_references
+    people, sampling = len(table.gallery.people), table.sampling
     return (
         f"{people} people, {clips_per_person} clip of each, by chance {1 / people:.1%} and {min(5 / people, 1):.1%}. "
-        f"The model saw the first {shown} stills of each person, compared is with the others (dlib found no face in "
-        f"{table.gallery.num_undetected} of them). {table.sampling.steps} steps, guidance {table.sampling.guidance:g}, "
-        f"seed {table.sampling.seed}. dlib judges here, and the model was trained with dlib."
+        f"The model saw the first {sampling.num_references} stills of each person, compared is with the others (dlib "
+        f"found no face in {table.gallery.num_undetected} of them). {sampling.steps} steps, guidance "
+        f"{sampling.guidance:g}, of the identity {sampling.identity_guidance:g}, seed {sampling.seed}. dlib judges "
+        "here, and the model was trained with dlib."
     )
 
 
@@ -299,6 +300,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--references", type=int, default=DEFAULTS.num_references, help="stills shown to the model")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
     parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance)
+    parser.add_argument("--identity-guidance", type=float, default=DEFAULTS.identity_guidance)
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
     parser.add_argument("--embedded-frames", type=int, default=4, help="frames of a clip whose face is embedded")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -326,7 +328,7 @@ def build_table(args: argparse.Namespace) -> Table:
         split=args.split,
         num_people=args.num_people,
         clips_per_person=args.clips_per_person,
-        sampling=Sampling(args.steps, args.guidance, args.seed, args.references),
+        sampling=Sampling(args.steps, args.guidance, args.seed, args.references, args.identity_guidance),
         num_embedded=args.embedded_frames,
         batch_size=args.batch_size,
         device=find_device(args.device),
@@ -352,7 +354,7 @@ def results(table: Table, summaries: dict[str, dict[str, float]], by_clip: dict[
     settings = {"model": str(table.model), "adapter": table.adapter and str(table.adapter), "model_id": table.model_id}
     settings |= {"num_people": len(table.gallery.people), "references": table.sampling.num_references}
     settings |= {"num_undetected_stills": table.gallery.num_undetected, "embedded_frames": table.num_embedded}
-    settings |= {name: getattr(table.sampling, name) for name in ("steps", "guidance", "seed")}
+    settings |= {name: getattr(table.sampling, name) for name in ("steps", "guidance", "identity_guidance", "seed")}
     people = [subject.person for subject in table.subjects]
     clips = {
         name: [{"person": person, **known(clip._asdict())} for person, clip in zip(people, found, strict=True)]
