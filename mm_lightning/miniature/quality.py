@@ -252,7 +252,7 @@ class Quality(VaeQuality):
         split: str = "test",
         num_clips: int = 64,
         steps: int = 25,
-        guidance: float = 6.0,
+        guidance: float = 2.0,
         seed: int = 0,
         batch_size: int = 16,
         device: str = "cpu",
@@ -409,7 +409,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--num-clips", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=6.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2, help="processes that look for faces")

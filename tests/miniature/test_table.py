@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_with_the_batch_that_is_missing(
 
 def test_another_setting_is_made_anew(people, tiny_folder, adapter, finished, monkeypatch):
     """What is kept under --work follows from model, adapter and sampling; real clips from the people alone."""
-    _, args = command.parse(arguments(people, tiny_folder, adapter, finished, "--guidance=2"))
+    _, args = command.parse(arguments(people, tiny_folder, adapter, finished, "--guidance=3"))
     table = command.build_table(args)
     assert not table.cache("full model").folder.exists()
     assert not table.cache("backbone alone").folder.exists()
@@ -250,7 +250,7 @@ def test_alone_is_the_stock_pipeline_bit_for_bit(subjects, tiny_folder, adapter)
         height=SIZE,
         width=SIZE,
         num_inference_steps=2,
-        guidance_scale=6.0,
+        guidance_scale=2.0,
         generator=sample_generators(0, -1, ["a"]),
         output_type="pt",
     ).frames[0]
