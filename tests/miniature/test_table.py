@@ -236,6 +236,20 @@ def test_clips_depend_on_the_adapter_the_stills_that_are_shown_and_the_noise(sub
     assert np.array_equal(generate(batch._replace(references=shown), with_identity=False), alone)
 
 
+@pytest.mark.parametrize("identity_guidance", [1.0, 3.0])
+def test_clips_are_those_of_the_pipeline_that_people_use(subjects, tiny_folder, adapter, identity_guidance):
+    module, batch = load_miniature(tiny_folder, adapter), subjects[0].batch
+    sampling = Sampling(steps=2, num_references=2, identity_guidance=identity_guidance)
+    clip = generate_clips(module, batch, ["a"], sampling, with_identity=True)[0]
+    shown, _ = split_references(batch, 2)
+    features = module.features(batch.references, batch.reference_landmarks, shown[None])
+    options = {"num_frames": NUM_FRAMES, "height": SIZE, "width": SIZE, "num_inference_steps": 2, "output_type": "np"}
+    options |= {"guidance_scale": sampling.guidance, "identity_guidance_scale": identity_guidance}
+    generator = sample_generators(0, -1, ["a"])
+    [frames] = module.build_pipeline()(batch.captions, identity=features, generator=generator, **options).frames
+    assert np.abs(clip.astype(int) - np.round(255 * frames)).max() <= 1
+
+
 def test_alone_is_the_stock_pipeline_bit_for_bit(subjects, tiny_folder, adapter):
     """The backbone without any adapter, by diffusers' own pipeline and its own reading of the prompt."""
     module = load_miniature(tiny_folder, adapter)
