@@ -5,6 +5,8 @@ Letters: B people, M timesteps, N adapted blocks, D width of the transformer, c1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from callbacks.ema import averaged_weights
 from callbacks.tensorboard_media import evaluation, first_sample
@@ -45,14 +48,28 @@ def modulation_scales(transformer: Any, id_embed: Tensor | None, num_timesteps: 
         Stream -> (M, N, D); streams with residual and the face's where the adapter has them.
     """
     device = next(transformer.parameters()).device
-    dtype = transformer.patch_embed.proj.weight.dtype
+    dtype, blocks = transformer.patch_embed.proj.weight.dtype, transformer.transformer_blocks[::2]
     scales: dict[str, list[Tensor]] = {}
-    for timestep in torch.linspace(0, total - 1, num_timesteps, device=device).round().long():
-        temb = transformer._embed_time(timestep[None], None, None, dtype)
-        found = [block_scales(block, temb, id_embed) for block in transformer.transformer_blocks[::2]]
-        for name in found[0]:
-            scales.setdefault(name, []).append(torch.stack([scale[name] for scale in found]))
+    with gathered(transformer, *blocks):
+        for timestep in torch.linspace(0, total - 1, num_timesteps, device=device).round().long():
+            temb = transformer._embed_time(timestep[None], None, None, dtype)
+            found = [block_scales(block, temb, id_embed) for block in blocks]
+            for name in found[0]:
+                scales.setdefault(name, []).append(torch.stack([scale[name] for scale in found]))
     return {name: torch.stack(rows).float().cpu() for name, rows in scales.items()}
+
+
+@contextmanager
+def gathered(*modules: Any) -> Iterator[None]:
+    """Whole weights of modules that FSDP2 has sharded, for what is called beside their forward."""
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def block_scales(block: Any, temb: Tensor, id_embed: Tensor | None) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def names(group: str) -> list[str]:
 
 
 EXPERIMENTS, ABLATIONS = names("experiment"), names("ablation")
-OTHER_COMMANDS = ("prepare/",)  # composed by commands of their own, tested with those
+OTHER_COMMANDS = ("prepare/", "evaluate/")  # composed by commands of their own, tested with those
 ALL_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/**/*.yaml"))
 ALL_FILES = [name for name in ALL_FILES if not name.startswith(OTHER_COMMANDS)]
 ALL_FILES = [file for file in ALL_FILES if not file.startswith("local/")]
