@@ -106,13 +106,23 @@ class Generator:
         self.signing, self.fps, self.callback_on_step_end = signing, fps, callback_on_step_end
 
     def run(self, jobs: Sequence[Job]) -> list[Path]:
-        """The videos' paths, in order; a manifest of all of them for `mm_lightning.evaluate`."""
-        made, entries = [], []
+        """The videos' paths, in order; a manifest of all of them for `mm_lightning.evaluate`.
+
+        Raises:
+            ValueError: a job's photo or prompt cannot be used; the others are made first.
+        """
+        made, entries, failures = [], [], []
         for job in tqdm(jobs, desc="videos", unit="video", disable=len(jobs) == 1):
-            path = self.make(job)
+            try:
+                path = self.make(job)
+            except ValueError as error:
+                failures.append(f"{job.name}: {error}")
+                continue
             made.append(path)
             entries.append(manifest_entry(path, job))
             write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries))
+        if failures:
+            raise ValueError("; ".join(failures) if len(jobs) == 1 else f"not made: {'; '.join(failures)}")
         return made
 
     def make(self, job: Job) -> Path:

@@ -135,6 +135,16 @@ def test_jobs_from_a_file(run, photo, tmp_path, kind):
     assert ([p["file"] for p in two["photos"]], two["face_index"]) == ([photo.as_posix(), other.as_posix()], 0)
 
 
+def test_a_job_that_cannot_be_made_does_not_keep_others_from_it(run, photo, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    rows = [{"name": name, "prompt": "A woman img smiles", "photos": [str(file)]}
+            for name, file in (("one", photo), ("none", tmp_path / "black.png"), ("two", photo))]  # fmt: skip
+    (tmp_path / "jobs.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match=r"not made: none: No face found in .*black\.png"):
+        run("--jobs", str(tmp_path / "jobs.json"))
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.mp4")) == ["one.mp4", "two.mp4"]
+
+
 def test_nobody_in_particular(run):
     out = run("--prompt", "A dog runs", "--face-scale", "0", "--name", "dog", photos=())
     assert (out / "dog.mp4").is_file()

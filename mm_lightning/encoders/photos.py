@@ -75,13 +75,14 @@ def describe(photo: Photo, index: int) -> str:
 
 
 def find_faces(picture: NDArray[np.uint8], detector: FaceDetector) -> list[DetectedFace]:
-    """Sure faces, from left to right; a large picture is searched at a reduced size."""
+    """Sure faces, or unsure ones where there are no others, from left to right; large pictures are searched reduced."""
     height, width = picture.shape[:2]
     scale = min(1.0, LARGEST_SIDE / max(height, width))
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     reduced = cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale < 1 else picture
     smallest = max(SMALLEST_FACE * scale, min(size) * SMALLEST_SHARE)
-    found = [face for face in detector(np.ascontiguousarray(reduced), round(smallest)) if face.score >= detector.sure]
+    found = detector(np.ascontiguousarray(reduced), round(smallest))
+    found = [face for face in found if face.score >= detector.sure] or found
     ratio = np.array([width, height], np.float32) / size
     faces = [enlarge(face, ratio) for face in found]
     return sorted(faces, key=lambda face: face.box.tolist())
