@@ -116,13 +116,15 @@ class Generator:
             try:
                 path = self.make(job)
             except ValueError as error:
+                if len(jobs) == 1:
+                    raise
                 failures.append(f"{job.name}: {error}")
                 continue
             made.append(path)
             entries.append(manifest_entry(path, job))
             write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries))
         if failures:
-            raise ValueError("; ".join(failures) if len(jobs) == 1 else f"not made: {'; '.join(failures)}")
+            raise ValueError(f"not made: {'; '.join(failures)}")
         return made
 
     def make(self, job: Job) -> Path:

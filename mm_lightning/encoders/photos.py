@@ -26,6 +26,7 @@ MARGIN = 2.0  # side of the square, in face boxes: what preparation gives refere
 LARGEST_SIDE = 1280  # pixels in which faces are looked for
 SMALLEST_SHARE = 1 / 12  # of a photo's shorter side: smaller faces are not looked for
 SMALLEST_FACE = 20  # pixels; below, recognisers see nothing
+SECOND_LOOK = 1.6  # times the smallest face: a coarser scale finds some that a fine one misses
 
 
 class ReferencePhotos(NamedTuple):
@@ -81,7 +82,8 @@ def find_faces(picture: NDArray[np.uint8], detector: FaceDetector) -> list[Detec
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     reduced = cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale < 1 else picture
     smallest = max(SMALLEST_FACE * scale, min(size) * SMALLEST_SHARE)
-    found = detector(np.ascontiguousarray(reduced), round(smallest))
+    reduced = np.ascontiguousarray(reduced)
+    found = detector(reduced, round(smallest)) or detector(reduced, round(smallest * SECOND_LOOK))
     found = [face for face in found if face.score >= detector.sure] or found
     ratio = np.array([width, height], np.float32) / size
     faces = [enlarge(face, ratio) for face in found]
