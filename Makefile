@@ -26,6 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 data: $(VENV)/.installed ## the miniature's people -> shards with what the frozen networks say of them
+	$(RUN) -m mm_lightning.miniature.world unpack
 	$(RUN) -m mm_lightning.miniature.world queries --people data/miniature/people
 	$(RUN) -m mm_lightning.miniature.cache --num-references 2
 
