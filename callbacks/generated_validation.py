@@ -198,11 +198,10 @@ class GeneratedValidation(Callback):
         with averaged_weights(trainer, pl_module):
             generated = self.generate(trainer, pl_module)
             figures = self.judge(generated, pl_module.device)
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {f"validation/{name}": value for name, value in figures.items()}, trainer.global_step
-                )
-            trainer.callback_metrics.update({f"validation/{n}": torch.tensor(v) for n, v in figures.items()})
+            named = {f"validation/{name}": value for name, value in figures.items()}
+            for trainer_logger in trainer.loggers:
+                trainer_logger.log_metrics(named, trainer.global_step)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
             if trainer.is_global_zero:
                 self.show(trainer, generated)
             if self.is_best(figures):
@@ -210,8 +209,8 @@ class GeneratedValidation(Callback):
                 pl_module.save_adapter(self.best_folder)
 
     def generate(self, trainer: Trainer, pl_module: LightningModule) -> list[Generated]:
-        """This rank's share. Sharded weights need every rank at every step, so a rank repeats its last where it has
-        fewer than others; repetitions are not in the result.
+        """This rank's share. Sharded weights need every rank at every step, so a rank that has fewer than others
+        repeats the first; repetitions are not in the result.
         """
         shots, size = self.shots(), trainer.world_size
         own = shots[trainer.global_rank :: size]

@@ -24,11 +24,12 @@ from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluation.clips import Clip, read_clip, thumbnail
 from mm_lightning.evaluation.manifest import Entry
 from mm_lightning.metrics.arithmetic import NUM_FACIAL_FRAMES, sample_frames
+from mm_lightning.metrics.dynamic_degree import DynamicDegree
 from mm_lightning.metrics.text_alignment import TextAlignment
 from mm_lightning.types import ReferenceFaces, VideoFaces
 
 FRAMES_SHOWN, THUMBNAIL_HEIGHT = 6, 160
-FORMAT = 1  # raise it when the same video would be judged otherwise
+FORMAT = 2  # raise it when the same video would be judged otherwise
 
 
 class Judged(NamedTuple):
@@ -48,7 +49,8 @@ class Judge:
         reader: finds and embeds faces.
         cache: folder; what lies there is not judged again, whichever run judged it.
         num_frames: S, in which faces are looked for; at equal distances.
-        video_metrics: name -> metric of whole videos; `TextAlignment` is given the prompt too.
+        video_metrics: name -> metric of whole videos; `TextAlignment` is given the prompt too,
+            `DynamicDegree` the video's own frames per second.
         settings: what their values depend on, for the cache.
     """
 
@@ -102,6 +104,8 @@ class Judge:
         """Of one video."""
         video = torch.from_numpy(clip.frames).movedim(-1, 1)[None].float() / 127.5 - 1
         metric.reset()
+        if isinstance(metric, DynamicDegree):
+            metric.fps = clip.fps or metric.fps
         metric.update(video, [entry.prompt]) if isinstance(metric, TextAlignment) else metric.update(video)
         return float(metric.per_video()[0])
 
