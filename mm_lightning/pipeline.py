@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -112,32 +112,21 @@ class MagicMirrorPipeline(CogVideoXPipeline):
             FileNotFoundError: something is not there.
             ValueError: the adapter is another base's, or a part is of another kind.
         """
-        folder = check_base(base)
-        adapter_folder = find_adapter(folder, adapter)
-        record = read_adapter_config(adapter_folder)
-        check_same(
-            adapter_folder,
-            {"config_sha256": record["base"]["config_sha256"]},
-            {"config_sha256": read_base_id(base)["config_sha256"]},
-            "base model",
-        )
-        vision = check_vision(find_vision(folder, vision, record))
-        recognizer = recognizer or record["recognizer"]
-        check_recognizer(recognizer, root)
+        parts = find_parts(base, adapter, vision, recognizer, root)
         check_detector(detector, root)
-        factories = front_end_factories(record["front_end"], vision)
+        record, factories = parts.record, front_end_factories(parts.record["front_end"], parts.vision)
         backbone = Backbone.from_pretrained(base, torch_dtype, vae_dtype=torch_dtype)
-        face_encoder = FaceFeatureEncoder(load_vision(vision), load_recognizer(recognizer, root))
+        face_encoder = FaceFeatureEncoder(load_vision(parts.vision), load_recognizer(parts.recognizer, root))
         transformer = MagicMirrorTransformer3DModel.from_base(
             backbone.transformer, AdapterConfig(**record[ADAPTER_FOLDER])
         )
         front_end = build_front_end(factories, transformer, face_encoder)
-        load_adapter(adapter_folder, transformer, front_end, pretrained_prefixes(record["front_end"]))
+        load_adapter(parts.adapter_folder, transformer, front_end, pretrained_prefixes(record["front_end"]))
         pipeline = cls(
             backbone.tokenizer, backbone.text_encoder, backbone.vae, transformer.eval(), backbone.scheduler,
             face_encoder, front_end.eval(), record, load_detector(detector, root), extra_identity_words,
         )  # fmt: skip
-        pipeline.adapter_folder = adapter_folder
+        pipeline.adapter_folder = parts.adapter_folder
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -376,6 +365,33 @@ def identity_guidance(
 
 
 # Loading and saving ---------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made from, found and checked before anything large is read."""
+
+    adapter_folder: Path
+    record: dict[str, Any]  # the adapter's config.json
+    vision: Path
+    recognizer: str
+
+
+def find_parts(
+    base: str | Path, adapter: str | Path | None, vision: str | Path | None, recognizer: str | None, root: str
+) -> Parts:
+    """
+    Raises:
+        FileNotFoundError: something is not there.
+        ValueError: the adapter is another base's, or a part is of another kind.
+    """
+    folder = check_base(base)
+    adapter_folder = find_adapter(folder, adapter)
+    record = read_adapter_config(adapter_folder)
+    there, here = ({"config_sha256": base_id["config_sha256"]} for base_id in (record["base"], read_base_id(base)))
+    check_same(adapter_folder, there, here, "base model")
+    recognizer = recognizer or record["recognizer"]
+    check_recognizer(recognizer, root)
+    return Parts(adapter_folder, record, check_vision(find_vision(folder, vision, record)), recognizer)
 
 
 def find_adapter(base_folder: Path, adapter: str | Path | None) -> Path:
