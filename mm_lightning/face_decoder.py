@@ -6,11 +6,17 @@ Letters: B batch, F frames, F' latent frames, C latent channels, h w latent pixe
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mm_lightning.fewer_operations import fewer_operations
 
 
 class LatentCrop(NamedTuple):
@@ -28,7 +34,7 @@ class FaceDecoder(nn.Module):
     Only latent frame 0 stands for one picture (the VAE is causal): a later one alone holds four frames, and two
     together decode to eight frames, as if neither were the first. A crop is decoded, not the picture: at 5B size
     32x32 latents cost a fifth of a 480x720 frame. The VAE works in its own dtype, the recogniser in fp32, both outside
-    of autocast. Both are frozen here and stay in evaluation mode; the VAE checkpoints its gradients.
+    of autocast. Both are frozen here and stay in evaluation mode. The decoder runs with `fewer_operations`.
 
     Args:
         vae: CogVideoX's; its config gives the scaling factor of the latents and the pixels per latent.
@@ -37,13 +43,19 @@ class FaceDecoder(nn.Module):
         crop_size: smallest side of the crop, in latents, where the picture is that large. A face that is larger, margin
             included, gets a larger crop.
         margin: latents to keep around the face box: at its border a crop decodes otherwise than the whole picture.
+        checkpointing: recompute the VAE's activations in the backward pass; a small VAE need not.
 
     Raises:
         ValueError: crop_size or margin make no crop.
     """
 
     def __init__(
-        self, vae: AutoencoderKLCogVideoX, recognizer: nn.Module, crop_size: int = 32, margin: int = 4
+        self,
+        vae: AutoencoderKLCogVideoX,
+        recognizer: nn.Module,
+        crop_size: int = 32,
+        margin: int = 4,
+        checkpointing: bool = True,
     ) -> None:
         super().__init__()
         if crop_size < 1 or margin < 0:
@@ -55,7 +67,8 @@ class FaceDecoder(nn.Module):
         self.scaling_factor = vae.config.scaling_factor
         self.spatial_ratio = 2 ** (len(vae.config.block_out_channels) - 1)
         self.requires_grad_(False).eval()
-        vae.enable_gradient_checkpointing()
+        if checkpointing:
+            vae.enable_gradient_checkpointing(partial(recomputed, lambda: (nullcontext(), fewer_operations(vae))))
 
     def train(self, mode: bool = True) -> FaceDecoder:
         """Stay in evaluation mode: a recogniser's batch norm must not learn from the training run."""
@@ -86,7 +99,7 @@ class FaceDecoder(nn.Module):
         if not rows:
             return embeddings, valid
         with torch.autocast(denoised.device.type, enabled=False):
-            faces = torch.cat([self._embed(denoised[i, 0], boxes[i].tolist(), landmarks[i]) for i in rows])
+            faces = self._embed(denoised[rows, 0], boxes[rows], landmarks[rows])
         if torch.is_grad_enabled() and denoised.requires_grad and not faces.requires_grad:
             raise RuntimeError("The gradient ends in the face decode: the VAE or the recogniser runs under no_grad.")
         return embeddings.index_put((torch.tensor(rows, device=faces.device),), faces), valid
@@ -110,14 +123,38 @@ class FaceDecoder(nn.Module):
         start = min(max((start + stop - size) // 2, 0), limit - size)
         return start, start + size
 
-    def _embed(self, latents: Tensor, box: list[float], landmarks: Tensor) -> Tensor:
-        """latents (C, h, w), box x0 y0 x1 y1, landmarks (5, 2) -> (1, E)."""
-        crop = self.crop_around(box, *latents.shape[-2:])
-        pixels = self._decode(latents[:, crop.top : crop.bottom, crop.left : crop.right])
-        corner = landmarks.new_tensor([crop.left, crop.top]) * self.spatial_ratio
-        return self.recognizer.embed(pixels.float(), (landmarks - corner).float().unsqueeze(0)).float()
+    def _embed(self, latents: Tensor, boxes: Tensor, landmarks: Tensor) -> Tensor:
+        """latents (n, C, h, w), boxes (n, 4), landmarks (n, 5, 2) -> (n, E); crops of one size go together."""
+        crops = [self.crop_around(box, *latents.shape[-2:]) for box in boxes.tolist()]
+        corners = latents.new_tensor([(crop.left, crop.top) for crop in crops]) * self.spatial_ratio
+        landmarks = (landmarks - corners[:, None]).float()
+        embeddings: list[Tensor] = [None] * len(crops)
+        for rows in same_size(crops):
+            pixels = self._decode(torch.stack([cut(latents[i], crops[i]) for i in rows]))
+            for i, embedding in zip(rows, self.recognizer.embed(pixels.float(), landmarks[rows]).float(), strict=True):
+                embeddings[i] = embedding
+        return torch.stack(embeddings)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """(C, h, w) -> (1, 3, H, W), not clamped to [-1, 1]: a clamp would stop the gradient."""
-        video = (latents / self.scaling_factor)[None, :, None].to(self.vae.dtype)  # (1, C, 1, h, w)
-        return self.vae.decode(video).sample[:, :, 0]
+        """(n, C, h, w) -> (n, 3, H, W), not clamped to [-1, 1]: a clamp would stop the gradient."""
+        video = (latents / self.scaling_factor)[:, :, None].to(self.vae.dtype)  # (n, C, 1, h, w)
+        with fewer_operations(self.vae):
+            return self.vae.decode(video).sample[:, :, 0]
+
+
+def recomputed(contexts: Callable[[], tuple[Any, Any]], module: nn.Module, *args: Any) -> Any:
+    """`module(*args)`, its activations computed again in the backward pass, by the arithmetic of the forward pass."""
+    return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+
+def same_size(crops: Sequence[LatentCrop]) -> list[list[int]]:
+    """Places of the crops, by height and width."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, crop in enumerate(crops):
+        groups.setdefault((crop.bottom - crop.top, crop.right - crop.left), []).append(i)
+    return list(groups.values())
+
+
+def cut(latents: Tensor, crop: LatentCrop) -> Tensor:
+    """(C, h, w) -> the crop of it."""
+    return latents[:, crop.top : crop.bottom, crop.left : crop.right]

@@ -72,7 +72,7 @@ class MagicMirrorModule(LightningModule):
         base_dtype: of the frozen transformer and text encoder.
         components: parts of the base to load; cached latents and text need neither VAE nor T5.
         text_drop_rate, identity_drop_rate: share of samples trained with the empty prompt, with the null identity.
-        gradient_checkpointing: recompute the transformer's activations in the backward pass.
+        gradient_checkpointing: recompute the activations of transformer and VAE in the backward pass.
         extra_identity_words: class words beside the built-in ones.
         preview_steps: denoising steps of a preview clip.
         preview_guidance: its guidance scale.
@@ -170,7 +170,9 @@ class MagicMirrorModule(LightningModule):
         self.front_end = self.build_front_end()
         self.face_decoder = None
         if backbone.vae is not None:
-            self.face_decoder = FaceDecoder(backbone.vae, self.load_loss_recognizer())
+            self.face_decoder = FaceDecoder(
+                backbone.vae, self.load_loss_recognizer(), checkpointing=self.gradient_checkpointing
+            )
         select_trainable(self.transformer, self.front_end, self.frozen)
         if self.init_adapter is not None:
             load_trainable(

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,8 @@ DLIB_SIZE, DLIB_PADDING = 150, 0.25
 # (width, number of blocks, stride of the first block) of each stage.
 DLIB_STAGES = ((32, 3, 1), (64, 4, 2), (128, 3, 2), (256, 3, 2), (256, 1, 2))
 DLIB_WEIGHTS = "dlib_face_recognition_resnet_model_v1.dat"
+# Mean and standard deviation (128,) of dlib's embeddings of the miniature's train people's stills.
+DLIB_STATISTICS = Path(__file__).with_name("dlib_standardized.safetensors")
 
 
 class FaceRecognizer(nn.Module):
@@ -224,6 +227,36 @@ def _encode_dlib_int(value: int) -> bytes:
     return bytes([num_bytes]) + value.to_bytes(num_bytes, "little")
 
 
+class StandardizedRecognizer(FaceRecognizer):
+    """Another recogniser's embedding, less its mean over people and in units of its spread: (F_id - mean) / std.
+
+    dlib's embeddings of all people point the same way (cosine .90 between strangers, .97 within a person), so that the
+    raw cosine moves in a tenth of its range. Standardised, strangers are at about 0, as they are with ArcFace.
+
+    Args:
+        recognizer: gives the raw embedding; faces are aligned its way.
+        mean, std: (E,), std positive.
+        name: for reports.
+    """
+
+    def __init__(self, recognizer: FaceRecognizer, mean: Tensor, std: Tensor, name: str) -> None:
+        super().__init__(name, recognizer.embed_dim, recognizer.image_size, recognizer.template)
+        self.recognizer = recognizer
+        self.register_buffer("mean", mean.float(), persistent=False)
+        self.register_buffer("std", std.float(), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def align(self, pixels: Tensor, landmarks: Tensor) -> Tensor:
+        return self.recognizer.align(pixels, landmarks)
+
+    def compute_embedding(self, faces: Tensor) -> Tensor:
+        return self.standardize(self.recognizer(faces))
+
+    def standardize(self, embeddings: Tensor) -> Tensor:
+        """Raw embeddings (..., E) -> standardised."""
+        return (embeddings - self.mean) / self.std
+
+
 class ArcFaceRecognizer(FaceRecognizer):
     """An insightface pack's ArcFace IResNet. Its pretrained weights are for non-commercial research only.
 
@@ -256,15 +289,18 @@ def check_recognizer(name_or_folder: str | os.PathLike, root: str | os.PathLike 
         FileNotFoundError, ValueError: as `load_recognizer`, for what can be told from names, and from shapes where no
             file has a known name.
     """
-    return find_dlib_weights() if os.fspath(name_or_folder) == "dlib" else resolve_pack(name_or_folder, root)
+    name = os.fspath(name_or_folder)
+    if name in ("dlib", DLIB_STATISTICS.stem):
+        return find_dlib_weights() if name == "dlib" else find_dlib_weights() and DLIB_STATISTICS
+    return resolve_pack(name_or_folder, root)
 
 
 def load_recognizer(name_or_folder: str | os.PathLike, root: str | os.PathLike = DEFAULT_ROOT) -> FaceRecognizer:
     """Build a recogniser, on the CPU.
 
     Args:
-        name_or_folder: "dlib", the name of an insightface pack under `<root>/models` ("buffalo_l", "antelopev2"), a
-            pack's folder, or an ONNX file.
+        name_or_folder: "dlib", "dlib_standardized", the name of an insightface pack under `<root>/models`
+            ("buffalo_l", "antelopev2"), a pack's folder, or an ONNX file.
         root: insightface's root folder.
 
     Raises:
@@ -272,4 +308,6 @@ def load_recognizer(name_or_folder: str | os.PathLike, root: str | os.PathLike =
         ValueError: a file that is not a supported network.
     """
     path = check_recognizer(name_or_folder, root)
+    if path == DLIB_STATISTICS:
+        return StandardizedRecognizer(DlibRecognizer(), **load_file(path), name=path.stem)
     return DlibRecognizer(path) if path.name == DLIB_WEIGHTS else ArcFaceRecognizer(path)

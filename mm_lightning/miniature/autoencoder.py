@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from mm_lightning.checkpoint import remove_path, replace_path, require_complete
+from mm_lightning.fewer_operations import fewer_operations
 from mm_lightning.miniature.data import MiniatureBatch
-from mm_lightning.miniature.fewer_operations import fewer_operations
 
 KINDS = ("stills", "clips")
 LATENT_CHANNELS = 16

@@ -4,8 +4,9 @@
         --out data/miniature/cached --splits train validation
 
 Writes the shards again, with `{key}.latents.safetensors`, `{key}.text.safetensors` and `{key}.face.safetensors` beside
-each sample, in the form of `mm_lightning.prepare.stages.cache`; the identity query is the stored one. Shards that are
-up to date stay; those of another model, or of other people, are made anew; a run that was cut goes on with the next.
+each sample, in the form of `mm_lightning.prepare.stages.cache`; the identity query is the stored one, standardised.
+Shards that are up to date stay; those of another model, or of other people, are made anew; a run that was cut goes on
+with the next.
 
 Letters: B batch, F frames, F' latent frames, C latent channels, H W pixels, h w latent pixels, R references, S side of
 a reference, L tokens of the vision encoder, D its width.
@@ -32,15 +33,18 @@ from transformers import CLIPVisionModel
 
 from mm_lightning.backbone import Backbone, check_base
 from mm_lightning.encoders.face import check_vision, clip_pixel_values, load_vision
+from mm_lightning.encoders.packs import DEFAULT_ROOT
+from mm_lightning.encoders.recognizer import load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
 from mm_lightning.miniature.layout import KINDS, SPLITS, StoredSample, read_index, read_tar, set_digest
 from mm_lightning.miniature.queries import RECOGNIZER, Queries, load_queries
 from mm_lightning.prepare.shards import INDEX_NAME, OFFSETS_SUFFIX, TarWriter, to_bytes, write_json
-from mm_lightning.prepare.stages.cache import PARTS, describe_cache, shown
+from mm_lightning.prepare.stages.cache import PARTS, describe_cache, describe_recognizer, shown
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "cache.json"
+CONDITION = "dlib_standardized"  # F_id of conf/model/miniature.yaml
 TRANSFORM = (
     "datamodules.transforms.SampleTransform"  # what training looks at; not imported, as data modules stand apart
 )
@@ -93,8 +97,8 @@ def cache_people(
         raise ValueError(f"num_references must be at least 1, got {num_references}.")
     check_base(model, ("vae", "text_encoder"))
     check_vision(model / "image_encoder")
-    made_with = describe_cache(str(model), str(model / "image_encoder"), RECOGNIZER, PARTS, dtype)
-    queries = {split: check_queries(load_queries(people / split), made_with) for split in splits}
+    made_with = describe_cache(str(model), str(model / "image_encoder"), CONDITION, PARTS, dtype)
+    queries = {split: standardize(load_queries(people / split)) for split in splits}
     models = FrozenModels(model, dtype)
     for split, kind in itertools.product(splits, KINDS):
         source = people / split / kind
@@ -103,11 +107,16 @@ def cache_people(
             cache_folder(source, out / split / kind, record, queries[split], models)
 
 
-def check_queries(queries: Queries, made_with: dict[str, dict[str, Any]]) -> Queries:
-    wanted = {name: made_with["face"][name] for name in queries.record}
+def standardize(queries: Queries) -> Queries:
+    """Stored raw embeddings -> what the condition's recogniser gives.
+
+    Raises:
+        ValueError: the raw ones are of another recogniser.
+    """
+    wanted = describe_recognizer(RECOGNIZER, DEFAULT_ROOT)
     if wanted != queries.record:
         raise ValueError(f"The stored queries are of {queries.record}, here is {wanted}: run `world queries` again.")
-    return queries
+    return queries._replace(values=load_recognizer(CONDITION).standardize(queries.values))
 
 
 def cache_folder(source: Path, out: Path, record: dict[str, Any], queries: Queries, models: FrozenModels) -> None:
@@ -181,7 +190,7 @@ class SampleEncoder:
     Args:
         made_with: the models' record, part by part.
         num_references: kept of each sample.
-        queries: of every still.
+        queries: of every still, standardised.
     """
 
     def __init__(

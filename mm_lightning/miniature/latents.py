@@ -26,6 +26,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from mm_lightning.backbone import Backbone, read_json
 from mm_lightning.checkpoint import replace_path
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
+from mm_lightning.fewer_operations import fewer_operations
 from mm_lightning.miniature.data import (
     ENDLESS,
     Items,
@@ -36,7 +37,6 @@ from mm_lightning.miniature.data import (
     to_float,
     turn_of,
 )
-from mm_lightning.miniature.fewer_operations import fewer_operations
 from mm_lightning.miniature.layout import KINDS, set_digest
 from mm_lightning.miniature.packing import require_people
 from mm_lightning.tiny import build_scheduler

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_lightning.encoders.packs import DEFAULT_ROOT
-from mm_lightning.encoders.recognizer import FaceRecognizer, load_recognizer
+from mm_lightning.encoders.recognizer import DLIB_STATISTICS, FaceRecognizer, load_recognizer
 from mm_lightning.miniature.layout import SPLITS, StoredSample, decode_still, read_samples, set_digest
 from mm_lightning.prepare.shards import write_bytes
 
@@ -76,6 +76,17 @@ def embed_people(people: Path) -> None:
         raise FileNotFoundError(f"{people} holds none of {', '.join(SPLITS)}: render or unpack people first.")
     for split in splits:
         embed_split(split)
+
+
+def write_statistics(people: Path, file: Path = DLIB_STATISTICS) -> None:
+    """Mean and standard deviation (128,) of the train people's queries, for `dlib_standardized`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_queries`.
+    """
+    values = load_queries(people / "train").values.double()
+    statistics = {"mean": values.mean(0).float(), "std": values.std(0).float()}
+    write_bytes(file, save(statistics, {"people": set_digest(people / "train/images"), "recognizer": RECOGNIZER}))
 
 
 def embed_split(split: Path) -> None:

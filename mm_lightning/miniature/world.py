@@ -2,6 +2,7 @@
 
     python -m mm_lightning.miniature.world render  --out data/miniature/people  # renders, with the extra [miniature]
     python -m mm_lightning.miniature.world queries --people data/miniature/people  # dlib's embedding of every still
+    python -m mm_lightning.miniature.world statistics --people data/miniature/people  # their mean and spread
     python -m mm_lightning.miniature.world pack    --people data/miniature/people  # shards -> what the package ships
     python -m mm_lightning.miniature.world unpack  --out data/miniature/people     # what the package ships -> shards
 
@@ -32,11 +33,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from mm_lightning.encoders.recognizer import DLIB_STATISTICS
 from mm_lightning.miniature.filming import person_samples
 from mm_lightning.miniature.layout import KINDS, SETTINGS_NAME, WorldSettings, read_tar
 from mm_lightning.miniature.packing import ASSETS, pack, require_people, unpack
 from mm_lightning.miniature.people import sample_person
-from mm_lightning.miniature.queries import embed_people
+from mm_lightning.miniature.queries import embed_people, write_statistics
 from mm_lightning.prepare.shards import ShardWriter, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
         render(options.out, settings, options.workers)
     elif options.command == "queries":
         embed_people(options.people)
+    elif options.command == "statistics":
+        write_statistics(options.people, options.out)
     elif options.command == "pack":
         pack(options.people, options.out)
     else:
@@ -93,6 +97,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     rendering.add_argument("--workers", type=int, default=2, help="processes")
     queries = commands.add_parser("queries", help="embed every still with dlib's face recogniser")
     queries.add_argument("--people", type=Path, default=PEOPLE, help="folder of the shards")
+    statistics = commands.add_parser("statistics", help="mean and spread of the train people's embeddings")
+    statistics.add_argument("--people", type=Path, default=PEOPLE, help="folder of the shards, with queries")
+    statistics.add_argument("--out", type=Path, default=DLIB_STATISTICS, help="file that `dlib_standardized` reads")
     packing = commands.add_parser("pack", help="compress the shards into the form that is committed")
     packing.add_argument("--people", type=Path, default=PEOPLE, help="folder of the shards")
     packing.add_argument("--out", type=Path, default=ASSETS, help="folder of the archives")

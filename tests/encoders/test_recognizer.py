@@ -6,6 +6,7 @@ import pytest
 import torch
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils import face_align
+from safetensors.torch import load_file
 from torch import nn
 
 from mm_lightning.encoders.alignment import invert_similarity, similarity_transform, warp_similarity
@@ -314,6 +315,28 @@ def test_load_recognizer_finds_a_pack_by_name_folder_and_file(packs, tmp_path):
     for find in (load_recognizer, check_recognizer):
         with pytest.raises(FileNotFoundError, match=r"antelopev2.*non-commercial"):
             find("antelopev2", root=tmp_path)
+
+
+def test_standardized_dlib_equals_its_definition_in_float64(dlib_recognizer):
+    standardized = load_recognizer("dlib_standardized")
+    statistics = load_file(check_recognizer("dlib_standardized"))
+    mean, std = (statistics[name].double().numpy() for name in ("mean", "std"))
+    expected = (embeddings_of(dlib_recognizer, real_faces()).astype(np.float64) - mean) / std
+    np.testing.assert_allclose(embeddings_of(standardized, real_faces()), expected, rtol=0, atol=1e-4)
+    assert (standardized.embed_dim, standardized.image_size) == (128, 150)
+    assert torch.equal(standardized.template, dlib_recognizer.template)
+
+
+def test_standardized_dlib_has_a_gradient_and_is_frozen():
+    standardized = load_recognizer("dlib_standardized").train()
+    faces = torch.randn(1, 3, 150, 150, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = standardized(faces)
+    assert embeddings.dtype == torch.float32
+    embeddings.square().sum().backward()
+    assert faces.grad.abs().sum() > 0
+    assert not any(module.training for module in standardized.modules())
+    assert not any(parameter.requires_grad for parameter in standardized.parameters())
 
 
 def test_check_recognizer_reads_no_weights(tmp_path):

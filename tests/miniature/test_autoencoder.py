@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_lightning.config import UserError
+from mm_lightning.fewer_operations import enlarging_weight, fewer_operations
 from mm_lightning.miniature.autoencoder import (
     AutoencoderModule,
     build_autoencoder,
@@ -33,7 +34,6 @@ from mm_lightning.miniature.autoencoder import (
     temporal_weights,
 )
 from mm_lightning.miniature.data import MiniatureBatch, Words
-from mm_lightning.miniature.fewer_operations import enlarging_weight, fewer_operations
 from tests.conftest import ROOT
 from tests.miniature.small_people import write_people
 from tests.runs import compose_train

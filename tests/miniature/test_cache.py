@@ -45,7 +45,7 @@ def cached(few_people, model, tmp_path_factory) -> Path:
 
 
 def models_record(model: Path) -> dict:
-    return describe_cache(str(model), str(model / "image_encoder"), "dlib", dtype="float32")
+    return describe_cache(str(model), str(model / "image_encoder"), "dlib_standardized", dtype="float32")
 
 
 def batches(folder: Path, kind: str, **options):
@@ -66,11 +66,11 @@ def test_cached_tensors_are_what_training_computes(kind, few_people, cached, mod
     text = TextEncoder(backbone.text_encoder, IdentityTokenizer(backbone.tokenizer, 32))(fresh.captions)
     assert torch.allclose(stored.text.prompt_embeds, text.prompt_embeds, atol=1e-5)
     assert torch.equal(stored.text.id_token_mask, text.id_token_mask)
-    encoder = FaceFeatureEncoder(load_vision(model / "image_encoder"), load_recognizer("dlib"))
+    encoder = FaceFeatureEncoder(load_vision(model / "image_encoder"), load_recognizer("dlib_standardized"))
     face = encoder(fresh.references, fresh.reference_landmarks, fresh.reference_mask)
     assert torch.allclose(stored.face.last_hidden_state, face.last_hidden_state, atol=1e-4)
     assert torch.allclose(stored.face.penultimate_hidden_state, face.penultimate_hidden_state, atol=1e-4)
-    assert torch.allclose(stored.face.id_query, face.id_query, atol=3e-4)  # stored in half precision
+    assert torch.allclose(stored.face.id_query, face.id_query, atol=1e-2)  # stored in half precision
     assert stored.face.id_query.dtype == torch.float32
     assert (moments[0] - moments[1]).abs().max() > 0.1  # a mix-up would be seen
 
@@ -175,8 +175,8 @@ def test_missing_queries_or_models_are_named(few_people, mine, tmp_path):
         command(few_people, model, out, "--num-references", "0")
 
 
-def test_queries_of_another_recogniser_are_refused(few_people, model, tmp_path):
+def test_queries_of_another_recogniser_are_refused(few_people):
     queries = cache.load_queries(few_people / "train")
     other = queries._replace(record=queries.record | {"recognizer_weights": "sha256:0"})
     with pytest.raises(ValueError, match=r"stored queries are of .*sha256:0.*run `world queries` again"):
-        cache.check_queries(other, models_record(model))
+        cache.standardize(other)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.functional import normalize
 
+from mm_lightning.encoders.recognizer import load_recognizer
 from mm_lightning.miniature.filming import person_samples
 from mm_lightning.miniature.layout import FIRST_PERSON, KINDS, SPLITS, WorldSettings, read_samples
 from mm_lightning.miniature.packing import ASSETS, read_manifest, unpack_split
@@ -44,6 +47,18 @@ def test_everybody_has_stills_a_clip_and_queries(shipped):
     assert {kind: len(found) for kind, found in samples.items()} == {"images": 4 * 64, "videos": 64}
     load_queries(shipped)  # of these very stills, or it raises
     assert read_queries(shipped / QUERIES_NAME)[0].shape == (4 * 64, 128)
+
+
+def test_statistics_of_the_train_people_standardise_the_test_people(shipped):
+    """dlib's embeddings of people who took no part in them have about mean 0, spread 1; strangers are at cosine 0."""
+    queries = load_recognizer("dlib_standardized").standardize(load_queries(shipped).values).double()
+    assert queries.mean(0).abs().mean() < 0.15
+    assert queries.std(0).mean() == pytest.approx(1, abs=0.1)
+    cosines = normalize(queries) @ normalize(queries).T
+    people = torch.arange(len(queries)) // 4
+    same = people[:, None] == people
+    assert cosines[~same].mean().abs() < 0.05
+    assert cosines[same & ~torch.eye(len(queries), dtype=torch.bool)].mean() > 0.6
 
 
 def test_a_shipped_person_is_what_the_recipe_renders_now(shipped, manifest):
