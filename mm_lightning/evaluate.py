@@ -26,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from mm_lightning.checkpoint import replace_path
 from mm_lightning.config import short_errors
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluation.judge import Judge, Judged
 from mm_lightning.evaluation.manifest import Entry, read_manifest
 from mm_lightning.evaluation.report import Figure, render, to_json
 from mm_lightning.evaluation.summary import Estimate, bootstrap
+from mm_lightning.files import write_text
 from mm_lightning.metrics.arithmetic import mean_embedding
 from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
 from mm_lightning.metrics.face_motion_inter import FaceMotionInter
@@ -197,13 +197,6 @@ def to_csv(clips: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> str:
         values = [clip["figures"].get(figure.name) for figure in figures]
         writer.writerow([*(clip[name] for name in head), *("" if value is None else value for value in values)])
     return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text)
-    replace_path(partial, path)
 
 
 def data_uri(file: Path) -> str:

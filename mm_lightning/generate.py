@@ -37,6 +37,7 @@ from tqdm import tqdm
 from mm_lightning.checkpoint import replace_path
 from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
 from mm_lightning.encoders.photos import load_photo
+from mm_lightning.files import write_json
 from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
 from mm_lightning.pipeline import MagicMirrorPipeline
 
@@ -122,7 +123,7 @@ class Generator:
                 continue
             made.append(path)
             entries.append(manifest_entry(path, job))
-            write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries))
+            write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries), sort_keys=False)
         if failures:
             raise ValueError(f"not made: {'; '.join(failures)}")
         return made
@@ -139,7 +140,7 @@ class Generator:
         self.write(path, frames)
         self.write_sheet(path.with_suffix(".sheet.jpg"), job, frames)
         record |= {"seconds": round(time.monotonic() - start, 2), "device": describe_device(self.pipeline.device)}
-        write_json(path.with_suffix(".json"), record)
+        write_json(path.with_suffix(".json"), record, sort_keys=False)
         logger.info("%s", path)
         return path
 
@@ -278,13 +279,6 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
     info.add_text("Comment", DISCLOSURE)
     partial.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(partial, "PNG", pnginfo=info)
-    replace_path(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     replace_path(partial, path)
 
 

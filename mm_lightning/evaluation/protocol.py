@@ -9,7 +9,6 @@ FOLDER holds GROUP/NAME/*.jpg: groups as in conf/evaluate/protocol.yaml, photos 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any, NamedTuple
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mm_lightning.checkpoint import replace_path
 from mm_lightning.config import short_errors
+from mm_lightning.files import write_json
 
 logger = logging.getLogger("mm_lightning.evaluation.protocol")
 
@@ -101,10 +100,7 @@ def main(cfg: DictConfig) -> None:
         prompts = (cfg.single[: cfg.num_single], cfg.action[: cfg.num_action])
         jobs = plan(people, cfg.groups, cfg.prompts_per_person, *prompts, cfg.seeds)
         out = Path(cfg.out)
-        partial = out.with_name(f".{out.name}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(jobs, indent=1, ensure_ascii=False) + "\n")
-        replace_path(partial, out)
+        write_json(out, jobs, sort_keys=False)
         logger.info("%d videos of %d people: %s", len(jobs), len(people), out)
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from mm_lightning.files import write_bytes, write_json
 from mm_lightning.miniature import table as one_table
-from mm_lightning.prepare.shards import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
