@@ -2,10 +2,11 @@
 
     python -m mm_lightning.evaluate +videos.ours=outputs/generated
     python -m mm_lightning.evaluate +videos.ours=outputs/generated +videos.consisid=FOLDER out=outputs/evaluation
+    python -m mm_lightning.evaluate ablation FOLDER...
 
 A folder holds videos (mp4, webm, GIF) and a manifest.json that gives each its prompt and photos of the person, as
 `mm_lightning.generate` writes it. Each video is judged once and kept by its contents; started again, it goes on.
-Options stand in conf/evaluate/.
+Options stand in conf/evaluate/. `ablation` gathers runs that were judged: see `mm_lightning.evaluation.ablation`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import csv
 import io
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,10 @@ from tqdm import tqdm
 
 from mm_lightning.config import short_errors
 from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.evaluation import ablation
 from mm_lightning.evaluation.judge import Judge, Judged
 from mm_lightning.evaluation.manifest import Entry, read_manifest
-from mm_lightning.evaluation.report import Figure, render, to_json
+from mm_lightning.evaluation.report import FIGURES, Figure, render, to_json
 from mm_lightning.evaluation.summary import Estimate, bootstrap
 from mm_lightning.files import write_text
 from mm_lightning.metrics.arithmetic import mean_embedding
@@ -46,20 +49,6 @@ from mm_lightning.metrics.success_rates import SuccessRates
 logger = logging.getLogger("mm_lightning.evaluate")
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "evaluate"
-FIGURES = (
-    Figure("similarity", "ID similarity", 1),
-    Figure("distance", "ID distance", -1),
-    Figure("decay", "decay", -1),
-    Figure("face_found", "face found", 1),
-    Figure("top1", "top-1", 1),
-    Figure("top5", "top-5", 1),
-    Figure("fm_ref", "FM_ref", 1),
-    Figure("fm_inter", "FM_inter", 1),
-    Figure("dynamic_degree", "dynamic degree", 1),
-    Figure("smoothness", "smoothness", -1),
-    Figure("colour_drift", "colour drift", -1),
-    Figure("text", "text", 1),
-)
 
 
 # Figures of one method's videos ---------------------------------------------------------------------------------------
@@ -234,10 +223,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
+def evaluate(cfg: DictConfig) -> None:
     with short_errors():
         run(cfg)
         logger.info("Report: %s", Path(cfg.out) / "report.html")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["ablation"]:
+        ablation.main(sys.argv[2:])
+    else:
+        evaluate()
 
 
 def describe(reader: FaceReader, num_frames: int) -> str:

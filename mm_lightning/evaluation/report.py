@@ -60,6 +60,23 @@ class Figure(NamedTuple):
     digits: int = 3
 
 
+FIGURES = (
+    Figure("similarity", "ID similarity", 1),
+    Figure("distance", "ID distance", -1),
+    Figure("decay", "decay", -1),
+    Figure("face_found", "face found", 1),
+    Figure("top1", "top-1", 1),
+    Figure("top5", "top-5", 1),
+    Figure("fm_ref", "FM_ref", 1),
+    Figure("fm_inter", "FM_inter", 1),
+    Figure("dynamic_degree", "dynamic degree", 1),
+    Figure("smoothness", "smoothness", -1),
+    Figure("colour_drift", "colour drift", -1),
+    Figure("text", "text", 1),
+)
+ARROWS = {1: " ↑", -1: " ↓", 0: ""}
+
+
 def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], figures: Sequence[Figure]) -> str:
     """The page.
 
@@ -88,14 +105,14 @@ def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], f
         "photo was copied. Every dot is a video.</p>",
         f"<h2>Videos</h2>{gallery(results['clips'], figures, methods)}",
     ]
-    return page("".join(parts))
+    return page("".join(parts), "Evaluation", SCRIPT)
 
 
-def page(body: str) -> str:
+def page(body: str, title: str, script: str = "") -> str:
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f'<meta name="viewport" content="width=device-width"></head><body><main>{body}</main>'
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
@@ -107,8 +124,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def main_table(estimates: dict[str, dict[str, Estimate]], figures: Sequence[Figure]) -> str:
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
-    head = "".join(f"<th>{escape(figure.title)}{arrows[figure.better]}</th>" for figure in figures)
+    head = "".join(f"<th>{escape(figure.title)}{ARROWS[figure.better]}</th>" for figure in figures)
     rows = [f"<tr><td>{escape(method)}</td>{cells(found, figures)}</tr>" for method, found in estimates.items()]
     for model, values in published_rows().items():
         told = "".join(f"<td>{number(values.get(figure.name), figure.digits)}</td>" for figure in figures)
