@@ -31,6 +31,7 @@ from tqdm import tqdm
 from mm_lightning.config import short_errors
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluation import ablation
+from mm_lightning.evaluation.cost import Cost, read_cost
 from mm_lightning.evaluation.judge import Judge, Judged
 from mm_lightning.evaluation.manifest import Entry, read_manifest
 from mm_lightning.evaluation.report import FIGURES, Figure, render, to_json
@@ -100,10 +101,11 @@ class Evaluation:
         judge: of single videos.
         rates: with the thresholds of a success.
         description: for the report.
+        cost: of generating, for the report.
     """
 
-    def __init__(self, judge: Judge, rates: SuccessRates, description: str) -> None:
-        self.judge, self.success_rates, self.description = judge, rates, description
+    def __init__(self, judge: Judge, rates: SuccessRates, description: str, cost: Cost | None = None) -> None:
+        self.judge, self.success_rates, self.description, self.cost = judge, rates, description, cost
 
     def run(self, methods: Mapping[str, Sequence[Entry]], out: Path) -> dict[str, Any]:
         """The results, also written to `out`."""
@@ -123,6 +125,7 @@ class Evaluation:
         results = {"description": self.description, "judged_with": self.judge.settings, "num_people": len(numbers)}
         results |= {"methods": {method: as_numbers(found) for method, found in estimates.items()}}
         results |= {"success_rates": rates, "thresholds": self.success_rates.thresholds, "clips": clips}
+        results |= {} if self.cost is None else {"cost": self.cost.as_dict()}
         write_results(results, estimates, out)
         return results
 
@@ -211,14 +214,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """All that the command does, from what it composed; the results.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_methods`, `FaceReader` and `Judge`.
+        FileNotFoundError, ValueError: as `read_methods`, `read_cost`, `FaceReader` and `Judge`.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     methods = read_methods(config["videos"])
+    cost = None if cfg.cost is None else read_cost(Path(cfg.cost))
     reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
     metrics = {name: instantiate(metric) for name, metric in (cfg.metrics or {}).items() if metric}
     judge = Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": config["metrics"]})
-    evaluation = Evaluation(judge, SuccessRates(**config["thresholds"]), describe(reader, config["num_frames"]))
+    evaluation = Evaluation(judge, SuccessRates(**config["thresholds"]), describe(reader, config["num_frames"]), cost)
     return evaluation.run(methods, Path(cfg.out))
 
 

@@ -32,6 +32,13 @@ ABLATION = {
     "G": (0.241, 0.559, 0.883),
     "full": (0.240, 0.665, 0.911),
 }
+# one A800, 49 frames of 480x720: GiB, billions of parameters with T5 and VAE, seconds
+COST = {
+    "CogVideoX-5B": (24.9, 10.5, 204),
+    "CogVideoX-I2V": (25.9, 10.6, 213),
+    "ConsisID": (41.5, 11.1, 213),
+    "MagicMirror": (28.6, 12.8, 209),
+}
 
 
 def published_rows() -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from mm_lightning.evaluation.published import SOURCE, SUCCESS_RATES, published_rows
+from mm_lightning.evaluation.published import COST, SOURCE, SUCCESS_RATES, published_rows
 from mm_lightning.evaluation.summary import Estimate
 
 COLOURS = ("#3b7d6b", "#d9773f", "#6a7fc1", "#b0569a", "#8a7a2f", "#4a90a4")
@@ -100,6 +100,7 @@ def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], f
         '<p class="soft">Means over videos; small, 95 % intervals by resampling people. A figure that is unknown for a '
         f"video (no face) is left out of its mean and counted. Grey rows: {escape(SOURCE)}.</p>",
         f'<h2>Success rates</h2><div class="card wide">{success_table(results["success_rates"])}</div>',
+        cost_section(results["cost"]) if "cost" in results else "",
         f"<h2>Charts</h2><p>{keys}</p><div class='charts'>{cards}</div>",
         '<p class="soft">Right: a clip at the top left is as like its reference as can be and does not move: the '
         "photo was copied. Every dot is a video.</p>",
@@ -163,6 +164,33 @@ def success_table(rates: dict[str, dict[str, float | None]]) -> str:
 
 def percent(share: float | None) -> str:
     return "–" if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def cost_section(cost: dict[str, Any]) -> str:
+    """Seconds, parameters and memory, as `mm_lightning.evaluation.cost` holds them."""
+    told = ", ".join(f"{name} {value}" for name, value in cost["settings"].items())
+    return (
+        f'<h2>Cost of a video</h2><div class="card wide">{cost_table(cost["rows"])}</div>'
+        f'<p class="soft">{escape(cost["machine"])}; {escape(told)}. All rows by one run with the same weights in '
+        "memory, the face's too; memory is the GPU's, or the whole process's where there is none. Grey rows: "
+        f"{escape(SOURCE)}, one A800, 49 frames of 480x720.</p>"
+    )
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> str:
+    first = rows[0]["seconds"]
+    head = "<tr><th></th><th>seconds</th><th>times</th><th>parameters</th><th>peak memory</th></tr>"
+    lines = []
+    for row in rows:
+        small = f"<small>spread {number(row['spread'], 2)}</small>"
+        cells = (f"{number(row['seconds'], 2)}{small}", number(row["seconds"] / first), f"{row['parameters']:,}")
+        told = "".join(f"<td>{cell}</td>" for cell in (*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB"))
+        lines.append(f"<tr><td>{escape(row['name'])}</td>{told}</tr>")
+    for model, (memory, parameters, seconds) in COST.items():
+        cells = (str(seconds), "", f"{parameters}B", f"{memory} GiB")
+        told = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f'<tr class="published"><td>{escape(model)} (paper)</td>{told}</tr>')
+    return f"<table>{head}{''.join(lines)}</table>"
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------

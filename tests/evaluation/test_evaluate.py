@@ -15,9 +15,12 @@ from PIL import Image
 
 from mm_lightning.evaluate import run
 from mm_lightning.evaluation.clips import read_clip
+from mm_lightning.evaluation.cost import Cost, CostRow, write_cost
 from mm_lightning.media import encode_gif, write_mp4
 from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
+
+DLIB = "detector=dlib"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def run_here(*overrides):
 @pytest.fixture(scope="module")
 def out(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation")
-    done = evaluate(f"+videos.real={videos}", f"out={out}", f"hydra.run.dir={out}/log", "detector=dlib")
+    done = evaluate(f"+videos.real={videos}", f"out={out}", f"hydra.run.dir={out}/log", DLIB)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -135,9 +138,36 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
     moved.mkdir()
     for file in videos.iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
-    run_here(f"+videos.real={moved}", f"out={tmp_path}/new", f"cache={out}/judged", "detector=dlib")
+    run_here(f"+videos.real={moved}", f"out={tmp_path}/new", f"cache={out}/judged", DLIB)
     assert {file: file.stat().st_mtime_ns for file in (out / "judged").rglob("*")} == before
     assert json.loads((tmp_path / "new/results.json").read_text())["methods"] == results["methods"]
+
+
+COST = Cost(
+    "a <machine>",
+    {"num_frames": 49},
+    (CostRow("backbone alone", 200.0, 1.5, 10_500_000_000, 25 * 2**30), CostRow("ours", 205.0, 2.0, 12_800_000_000, 0)),
+)
+
+
+def test_the_cost_stands_in_results_and_report(out, videos, tmp_path):
+    write_cost(tmp_path / "cost.json", COST)
+    run_here(f"+videos.a={videos}", f"cost={tmp_path}/cost.json", f"out={tmp_path}/o", f"cache={out}/judged", DLIB)
+    assert json.loads((tmp_path / "o/results.json").read_text())["cost"] == COST.as_dict()
+    page = (tmp_path / "o/report.html").read_text()
+    rows = dict(re.findall(r"<tr[^>]*><td>([^<]*)</td>(.*?)</tr>", page[page.index("Cost of a video") :]))
+    cells = re.sub("<small>.*?</small>", "", rows["ours"])
+    assert re.findall("<td>(.*?)</td>", cells) == ["205.00", "1.025", "12,800,000,000", "0.00 GiB"]
+    assert re.findall("<td>(.*?)</td>", rows["MagicMirror (paper)"]) == ["209", "", "12.8B", "28.6 GiB"]
+    assert "a &lt;machine&gt;; num_frames 49." in page
+    assert "Cost of a video" not in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"machine": "a", "settings": {}, "rows": []}', '{"rows": [1]}'])
+def test_a_file_that_holds_no_costs(videos, tmp_path, content):
+    (tmp_path / "cost.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cost=.*cost\.json .*mm_lightning\.benchmark generate"):
+        run_here(f"+videos.a={videos}", f"cost={tmp_path}/cost.json", f"out={tmp_path}/o", "detector=absent")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +177,7 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
         (["+videos.ours=/nowhere"], "No manifest at /nowhere"),
         (["+videos.ours={videos}", "detector=absent"], "No face detector 'absent'"),
         (["+videos.ours={videos}", "recognizer=/nowhere"], "/nowhere"),
+        (["+videos.ours={videos}", "cost=/nowhere.json"], "cost=/nowhere.json is not there"),
         (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
     ],
 )
