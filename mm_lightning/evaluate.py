@@ -2,10 +2,12 @@
 
     python -m mm_lightning.evaluate +videos.ours=outputs/generated
     python -m mm_lightning.evaluate +videos.ours=outputs/generated +videos.consisid=FOLDER out=outputs/evaluation
+    python -m mm_lightning.evaluate --multirun part=0,1,2,3 num_parts=4 hydra/launcher=joblib +videos.ours=FOLDER
     python -m mm_lightning.evaluate ablation FOLDER...
 
 A folder holds videos (mp4, webm, GIF) and a manifest.json that gives each its prompt and photos of the person, as
 `mm_lightning.generate` writes it. Each video is judged once and kept by its contents; started again, it goes on.
+With `part` a run judges only its share, at the same time as others, and a plain run after them writes the report.
 Options stand in conf/evaluate/. `ablation` gathers runs that were judged: see `mm_lightning.evaluation.ablation`.
 """
 
@@ -16,6 +18,7 @@ import csv
 import io
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -210,27 +214,68 @@ def read_methods(videos: Mapping[str, str | None]) -> dict[str, list[Entry]]:
     return {method: read_manifest(path) for method, path in given.items()}
 
 
+def part_of(methods: Mapping[str, Sequence[Entry]], part: int, num_parts: int) -> list[Entry]:
+    """Every `num_parts`-th video of all methods together, from the `part`-th.
+
+    Raises:
+        ValueError: no such part.
+    """
+    if not (isinstance(part, int) and isinstance(num_parts, int) and 0 <= part < num_parts):
+        raise ValueError(f"part={part} of num_parts={num_parts}: give whole numbers, part from 0 to num_parts - 1.")
+    return [entry for entries in methods.values() for entry in entries][part::num_parts]
+
+
+def make_judge(cfg: DictConfig) -> Judge:
+    """Raises what `FaceReader` and `Judge` raise."""
+    reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
+    metrics = {name: instantiate(metric) for name, metric in (cfg.metrics or {}).items() if metric}
+    settings = {"metrics": OmegaConf.to_container(cfg.metrics, resolve=True) if cfg.metrics else None}
+    return Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, settings)
+
+
+def judge_part(cfg: DictConfig) -> int:
+    """Judges a part of the videos into the cache, and writes no report; how many videos.
+
+    Raises:
+        FileNotFoundError, ValueError: as `run` and `part_of`.
+    """
+    entries = part_of(read_methods(cfg.videos), cfg.part, cfg.num_parts)
+    judge = make_judge(cfg)
+    for entry in tqdm(entries, desc=f"part {cfg.part}", unit="video"):
+        judge(entry)
+    return len(entries)
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """All that the command does, from what it composed; the results.
+    """Judges all videos and writes results and report; the results.
 
     Raises:
         FileNotFoundError, ValueError: as `read_methods`, `read_cost`, `FaceReader` and `Judge`.
     """
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
-    methods = read_methods(config["videos"])
+    if cfg.num_parts != 1:
+        raise ValueError(f"num_parts={cfg.num_parts} without a part: give part=0 and so on, or leave num_parts out.")
+    methods = read_methods(cfg.videos)
     cost = None if cfg.cost is None else read_cost(Path(cfg.cost))
-    reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
-    metrics = {name: instantiate(metric) for name, metric in (cfg.metrics or {}).items() if metric}
-    judge = Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": config["metrics"]})
-    evaluation = Evaluation(judge, SuccessRates(**config["thresholds"]), describe(reader, config["num_frames"]), cost)
-    return evaluation.run(methods, Path(cfg.out))
+    judge, rates = make_judge(cfg), SuccessRates(**cfg.thresholds)
+    return Evaluation(judge, rates, describe(judge.reader, cfg.num_frames), cost).run(methods, Path(cfg.out))
+
+
+def finishing_command(overrides: Sequence[str]) -> str:
+    """The plain run after the parts."""
+    kept = [text for text in overrides if text.split("=")[0] not in ("part", "num_parts")]
+    return shlex.join(["python", "-m", "mm_lightning.evaluate", *kept])
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def evaluate(cfg: DictConfig) -> None:
     with short_errors():
-        run(cfg)
-        logger.info("Report: %s", Path(cfg.out) / "report.html")
+        if cfg.part is None:
+            run(cfg)
+            logger.info("Report: %s", Path(cfg.out) / "report.html")
+            return
+        num_videos = judge_part(cfg)
+        told = (cfg.part, cfg.num_parts, num_videos, cfg.cache, finishing_command(HydraConfig.get().overrides.task))
+        logger.info("Part %d of %d: %d videos judged into %s, no report yet. After all parts: %s", *told)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     python -m mm_lightning.generate --photos her.jpg --prompt "A woman img laughs in the rain"
     python -m mm_lightning.generate --jobs jobs.csv --base weights/CogVideoX-5b --adapter RUN/adapter
+    python -m mm_lightning.generate --jobs jobs.csv --part 0/4   # a quarter of them, beside three others
     python -m mm_lightning.generate verify outputs/generated/*.mp4
 
 Each video comes with a contact sheet and a JSON file that says how it was made, and can be made again from it
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -123,7 +125,7 @@ class Generator:
                 continue
             made.append(path)
             entries.append(manifest_entry(path, job))
-            write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries), sort_keys=False)
+            add_to_manifest(self.out / MANIFEST, entries)
         if failures:
             raise ValueError(f"not made: {'; '.join(failures)}")
         return made
@@ -253,6 +255,20 @@ def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
     return named
 
 
+def part_of(jobs: Sequence[Job], part: str | None) -> list[Job]:
+    """Every n-th job from the i-th, of `part` i/n; all for None.
+
+    Raises:
+        ValueError: `part` is none.
+    """
+    if part is None:
+        return list(jobs)
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    if numbers is None or not int(numbers[1]) < int(numbers[2]):
+        raise ValueError(f"--part={part}: give which part, from 0, and how many there are, such as 0/4.")
+    return list(jobs)[int(numbers[1]) :: int(numbers[2])]
+
+
 def check_jobs(jobs: Sequence[Job]) -> None:
     """Before anything is loaded.
 
@@ -286,6 +302,12 @@ def manifest_entry(video: Path, job: Job) -> dict[str, Any]:
     """As `mm_lightning.evaluate` reads it."""
     entry = {"video": video.name, "prompt": job.prompt, "references": absolute(job.photos)}
     return entry | {name: value for name in ("identity", "group") if (value := getattr(job, name)) is not None}
+
+
+def add_to_manifest(file: Path, entries: list[dict[str, Any]]) -> None:
+    """Also where other processes add theirs at the same time."""
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        write_json(file, merge_entries(file, entries), sort_keys=False)
 
 
 def merge_entries(file: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -332,6 +354,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
     add("--photos", nargs="+", default=[], help="of one person")
     add("--prompt", action="append", default=[], help="may be given several times: one video each")
     add("--jobs", type=Path, help="CSV or JSON, fields as these options; they are defaults for it")
+    add("--part", help="such as 0/4: only every fourth job, from the first; for several GPUs or machines")
     add("--out", type=Path, default=Path("outputs/generated"))
     add("--name", default="", help="of the files; made from the prompt by default")
     add("--num-videos", type=int, default=1, help="of each prompt, with seeds that count up")
@@ -372,7 +395,7 @@ def add_signing(parser: argparse.ArgumentParser) -> None:
 
 
 def collect_jobs(options: argparse.Namespace) -> list[Job]:
-    """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs` and `check_jobs` raise."""
+    """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs`, `part_of`, `check_jobs` raise."""
     if options.num_videos < 1:
         raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
     names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group"}
@@ -384,7 +407,7 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
         jobs = [replace(default, prompt=prompt) for prompt in options.prompt]
     else:
         raise ValueError("Nothing to make: give --prompt, or --jobs.")
-    jobs = name_jobs(jobs, options.num_videos)
+    jobs = part_of(name_jobs(jobs, options.num_videos), options.part)
     check_jobs(jobs)
     return jobs
 
@@ -448,6 +471,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         _, options = parse(arguments)
         jobs = collect_jobs(options)
+        if not jobs:
+            logger.info("Part %s has no jobs.", options.part)
+            return
         signing = None if options.unsigned else read_signing(options.signing_key, options.signing_certificates)
         pipeline = load_pipeline(options)
         Generator(pipeline, options.out, describe_weights(pipeline, options), signing, options.fps).run(jobs)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,13 +93,15 @@ class Judge:
             raise ValueError(f"No face found in the references of {entry.video} ({photos}): give others.")
         faces = self.reader.read_video(clip.frames[sample_frames(len(clip.frames), self.num_frames)])
         values = {name: self.value(metric, clip, entry) for name, metric in self.video_metrics.items()}
-        partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        save_faces(partial / "faces.safetensors", faces, references)
-        write_thumbnails(partial, load_photo(entry.references[0]), clip.frames)
         known = {name: None if np.isnan(value) else value for name, value in values.items()}
-        (partial / "values.json").write_text(json.dumps({"values": known, "info": describe(clip)}))
-        replace_path(partial, folder)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=self.cache) as work:
+            partial = Path(work) / "judged"
+            partial.mkdir()
+            save_faces(partial / "faces.safetensors", faces, references)
+            write_thumbnails(partial, load_photo(entry.references[0]), clip.frames)
+            (partial / "values.json").write_text(json.dumps({"values": known, "info": describe(clip)}))
+            move_unless_there(partial, folder)
 
     def value(self, metric: Metric, clip: Clip, entry: Entry) -> float:
         """Of one video."""
@@ -108,6 +111,15 @@ class Judge:
             metric.fps = clip.fps or metric.fps
         metric.update(video, [entry.prompt]) if isinstance(metric, TextAlignment) else metric.update(video)
         return float(metric.per_video()[0])
+
+
+def move_unless_there(partial: Path, folder: Path) -> None:
+    """Another process may have judged the same video meanwhile: what is there and whole stays."""
+    try:
+        partial.rename(folder)  # fails where a folder lies that is not empty
+    except OSError:
+        if not (folder / "values.json").is_file():
+            replace_path(partial, folder)
 
 
 def describe(clip: Clip) -> dict[str, Any]:

@@ -3,19 +3,26 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import av
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from mm_lightning.evaluate import run
+from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.evaluate import judge_part, part_of, run
 from mm_lightning.evaluation.clips import read_clip
 from mm_lightning.evaluation.cost import Cost, CostRow, write_cost
+from mm_lightning.evaluation.judge import Judge
+from mm_lightning.evaluation.manifest import read_manifest
 from mm_lightning.media import encode_gif, write_mp4
 from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
@@ -143,6 +150,72 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
     assert json.loads((tmp_path / "new/results.json").read_text())["methods"] == results["methods"]
 
 
+# Parts that run side by side
+
+
+def test_parts_are_judged_at_the_same_time_and_a_plain_run_finishes(videos, out, tmp_path):
+    """Two processes of Hydra's joblib launcher; the plain run is the command that they name."""
+    given = [f"+videos.real={videos}", f"out={tmp_path}/new", "detector=dlib"]
+    launcher = ["--multirun", "part=0,1", "num_parts=2", "hydra/launcher=joblib", f"hydra.sweep.dir={tmp_path}/log"]
+    done = evaluate(*launcher, *given)
+    assert done.returncode == 0, done.stderr
+    judged = {folder.name: folder.stat().st_mtime_ns for folder in (tmp_path / "new/judged").iterdir()}
+    assert set(judged) == {folder.name for folder in (out / "judged").iterdir()}
+    assert not list((tmp_path / "new").glob("re*"))
+    said = "".join(file.read_text() for file in (tmp_path / "log").rglob("*.log"))
+    for part in (0, 1):
+        assert f"Part {part} of 2: 2 videos judged into {tmp_path}/new/judged, no report yet." in said
+    (command,) = set(re.findall("After all parts: (.*)", said))
+    assert shlex.split(command)[:3] == ["python", "-m", "mm_lightning.evaluate"]
+    run_here(*shlex.split(command)[3:])
+    assert {folder.name: folder.stat().st_mtime_ns for folder in (tmp_path / "new/judged").iterdir()} == judged
+    methods = [json.loads((folder / "results.json").read_text())["methods"] for folder in (out, tmp_path / "new")]
+    assert methods[0] == methods[1]
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 7, 20])
+def test_every_video_is_in_one_part(videos, num_parts):
+    entries = read_manifest(videos)
+    methods = {"a": entries, "b": entries[:3], "c": []}
+    parts = [part_of(methods, part, num_parts) for part in range(num_parts)]
+    assert sorted(chain.from_iterable(parts)) == sorted([*entries, *entries[:3]])
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_video_that_two_parts_judge_at_once_is_kept_once_and_whole(videos, tmp_path):
+    (entry,) = [entry for entry in read_manifest(videos) if entry.video.name == "own.gif"]
+    judges = [Judge(FaceReader("dlib", "dlib"), tmp_path / "judged") for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda judge: judge(entry), judges)
+    assert torch.equal(one.faces.embeddings, other.faces.embeddings)
+    [folder] = (tmp_path / "judged").iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    judges[0].judge(entry, folder)  # as one that had begun before the other was done
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    (folder / "values.json").unlink()
+    assert judges[0](entry).info == one.info
+    assert [path.name for path in (tmp_path / "judged").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["part=4", "num_parts=4"], "part=4 of num_parts=4: give whole numbers, part from 0 to num_parts - 1"),
+        (["part=-1", "num_parts=4"], "part=-1 of num_parts=4"),
+        (["part=a", "num_parts=4"], "part=a of num_parts=4"),
+        (["part=0", "num_parts=0"], "part=0 of num_parts=0"),
+    ],
+)
+def test_parts_that_there_are_not(videos, tmp_path, arguments, message):
+    with initialize_config_dir(str(ROOT / "conf/evaluate"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"+videos.a={videos}", f"out={tmp_path}/o", "detector=absent", *arguments])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        judge_part(cfg)
+
+
+# Cost
+
+
 COST = Cost(
     "a <machine>",
     {"num_frames": 49},
@@ -177,6 +250,7 @@ def test_a_file_that_holds_no_costs(videos, tmp_path, content):
         (["+videos.ours=/nowhere"], "No manifest at /nowhere"),
         (["+videos.ours={videos}", "detector=absent"], "No face detector 'absent'"),
         (["+videos.ours={videos}", "recognizer=/nowhere"], "/nowhere"),
+        (["+videos.ours={videos}", "num_parts=4"], "num_parts=4 without a part: give part=0"),
         (["+videos.ours={videos}", "cost=/nowhere.json"], "cost=/nowhere.json is not there"),
         (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
     ],
