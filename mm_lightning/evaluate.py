@@ -56,6 +56,10 @@ logger = logging.getLogger("mm_lightning.evaluate")
 CONF = Path(__file__).resolve().parents[1] / "conf" / "evaluate"
 
 
+# On videos whose prompt asks for the face, where a method has some: the paper's protocol
+OF_SIMILARITY = ("similarity", "distance", "decay", "top1", "top5")
+
+
 # Figures of one method's videos ---------------------------------------------------------------------------------------
 
 
@@ -87,11 +91,31 @@ def similarities(video: Judged) -> list[float | None]:
     return [float(value) if is_known else None for value, is_known in zip(values, known, strict=True)]
 
 
-def success(figures: Mapping[str, Sequence[float]], rates: SuccessRates) -> dict[str, float | None]:
+def counted(name: str, enhanced: Sequence[bool]) -> list[bool]:
+    """The videos by which a figure is judged.
+
+    Args:
+        enhanced: whose prompts ask for the face: they count for similarity, the others for all else. Without both
+            kinds every video counts.
+    """
+    if len(set(enhanced)) < 2:
+        return [True] * len(enhanced)
+    return [is_enhanced == (name in OF_SIMILARITY) for is_enhanced in enhanced]
+
+
+def choose(values: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+
+
+def success(
+    figures: Mapping[str, Sequence[float]], enhanced: Sequence[bool], rates: SuccessRates
+) -> dict[str, float | None]:
     """Share of videos that pass each check, and the mean of the shares; None where nothing was measured."""
     columns = {"face_rate": "face_found", "similarity": "similarity", "motion": "fm_inter", "text": "text"}
     rates.reset()
-    rates.update(**{name: torch.tensor(figures[column]) for name, column in columns.items() if column in figures})
+    for name, column in columns.items():
+        if column in figures:  # each check by itself: it has videos of its own
+            rates.update(**{name: torch.tensor(choose(figures[column], counted(column, enhanced)))})
     return {name: known(float(share)) for name, share in rates.compute().items()}
 
 
@@ -124,8 +148,9 @@ class Evaluation:
             figures |= {name: [video.values[name] for video in judged] for name in judged[0].values}
             pairs = enumerate(zip(entries, judged, strict=True))
             clips += [describe_clip(method, entry, video, i, figures) for i, (entry, video) in pairs]
-            estimates[method] = estimate(figures, [entry.identity for entry in entries])
-            rates[method] = success(figures, self.success_rates)
+            enhanced = [entry.face_enhanced for entry in entries]
+            estimates[method] = estimate(figures, [entry.identity for entry in entries], enhanced)
+            rates[method] = success(figures, enhanced, self.success_rates)
         results = {"description": self.description, "judged_with": self.judge.settings, "num_people": len(numbers)}
         results |= {"methods": {method: as_numbers(found) for method, found in estimates.items()}}
         results |= {"success_rates": rates, "thresholds": self.success_rates.thresholds, "clips": clips}
@@ -145,6 +170,7 @@ def describe_clip(
         "prompt": entry.prompt,
         "identity": entry.identity,
         "group": entry.group,
+        "face_enhanced": entry.face_enhanced,
         "references": [path.as_posix() for path in entry.references],
         **video.info,
         "figures": values,
@@ -157,10 +183,15 @@ def known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def estimate(figures: Mapping[str, Sequence[float]], identities: Sequence[str]) -> dict[str, Estimate]:
-    """Of every column; unknown where nobody measured it."""
-    unknown = [math.nan] * len(identities)
-    return {figure.name: bootstrap(figures.get(figure.name, unknown), identities) for figure in FIGURES}
+def estimate(
+    figures: Mapping[str, Sequence[float]], identities: Sequence[str], enhanced: Sequence[bool]
+) -> dict[str, Estimate]:
+    """Of every column, over the videos that count for it; unknown where nobody measured it."""
+    found, unknown = {}, [math.nan] * len(identities)
+    for figure in FIGURES:
+        chosen = counted(figure.name, enhanced)
+        found[figure.name] = bootstrap(choose(figures.get(figure.name, unknown), chosen), choose(identities, chosen))
+    return found
 
 
 def as_numbers(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | int | None]]:

@@ -50,7 +50,7 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
 FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
-NOT_ARGUMENTS = ("photos", "name", "seed", "identity", "group")
+NOT_ARGUMENTS = ("photos", "name", "seed", "identity", "group", "face_enhanced")
 NAME = re.compile(r"[\w][\w.-]{0,99}")
 MANIFEST = "manifest.json"
 
@@ -75,6 +75,7 @@ class Job:
     face_index: int | None = None
     identity: str | None = None  # for evaluation: whose photos these are, and of which group
     group: str | None = None
+    face_enhanced: bool = False  # the prompt asks for the face
 
     def call(self) -> dict[str, Any]:
         """Arguments of the pipeline, but for the person."""
@@ -175,6 +176,8 @@ class Generator:
         """All that the video follows from."""
         photos = [{"file": path, "sha256": sha256(Path(path))} for path in absolute(job.photos)]
         settings = asdict(job) | {"photos": photos}
+        if not job.face_enhanced:
+            del settings["face_enhanced"]  # so that records without it still say the same
         scheduler = type(self.pipeline.scheduler).__name__
         return {"job": settings, "fps": self.fps, "scheduler": scheduler, "generated": DISCLOSURE, **self.made_with}
 
@@ -301,7 +304,8 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
 def manifest_entry(video: Path, job: Job) -> dict[str, Any]:
     """As `mm_lightning.evaluate` reads it."""
     entry = {"video": video.name, "prompt": job.prompt, "references": absolute(job.photos)}
-    return entry | {name: value for name in ("identity", "group") if (value := getattr(job, name)) is not None}
+    told = {name: value for name in ("identity", "group", "face_enhanced") if (value := getattr(job, name))}
+    return entry | told
 
 
 def add_to_manifest(file: Path, entries: list[dict[str, Any]]) -> None:
@@ -398,7 +402,7 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
     """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs`, `part_of`, `check_jobs` raise."""
     if options.num_videos < 1:
         raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
-    names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group"}
+    names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group", "face_enhanced"}
     common = {name: getattr(options, name) for name in names}
     default = Job(prompt="", photos=tuple(options.photos), **common)
     if options.jobs is not None:

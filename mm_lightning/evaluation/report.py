@@ -99,6 +99,7 @@ def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], f
         f'<h2>Figures</h2><div class="card wide">{main_table(estimates, figures)}</div>',
         '<p class="soft">Means over videos; small, 95 % intervals by resampling people. A figure that is unknown for a '
         f"video (no face) is left out of its mean and counted. Grey rows: {escape(SOURCE)}.</p>",
+        enhanced_note(results["clips"]),
         f'<h2>Success rates</h2><div class="card wide">{success_table(results["success_rates"])}</div>',
         cost_section(results["cost"]) if "cost" in results else "",
         f"<h2>Charts</h2><p>{keys}</p><div class='charts'>{cards}</div>",
@@ -107,6 +108,21 @@ def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], f
         f"<h2>Videos</h2>{gallery(results['clips'], figures, methods)}",
     ]
     return page("".join(parts), "Evaluation", SCRIPT)
+
+
+def enhanced_note(clips: Sequence[dict[str, Any]]) -> str:
+    """Where prompts of some videos ask for the face, which figures come from them."""
+    told = []
+    for method in dict.fromkeys(clip["method"] for clip in clips):
+        kinds = [bool(clip["face_enhanced"]) for clip in clips if clip["method"] == method]
+        if len(set(kinds)) == 2:
+            told.append(f"{method}: {sum(kinds)} of {len(kinds)} videos")
+    if not told:
+        return ""
+    return (
+        '<p class="soft">Similarity, distance, decay, ranks and the identity check are those of videos whose prompt '
+        f"asks for the face, as in the paper ({escape('; '.join(told))}); all else is that of the others.</p>"
+    )
 
 
 def page(body: str, title: str, script: str = "") -> str:

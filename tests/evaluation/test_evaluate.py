@@ -213,6 +213,33 @@ def test_parts_that_there_are_not(videos, tmp_path, arguments, message):
         judge_part(cfg)
 
 
+# Prompts that ask for the face
+
+
+def test_similarity_comes_from_prompts_that_ask_for_the_face_and_all_else_from_the_others(videos, out, clips, tmp_path):
+    entries = json.loads((videos / "manifest.json").read_text())
+    for entry in entries:
+        entry["face_enhanced"] = entry["video"] in ("own.mp4", "grey.mp4")
+    (videos / "enhanced.json").write_text(json.dumps(entries))
+    given = [f"+videos.a={videos}/enhanced.json", f"+videos.b={videos}", f"out={tmp_path}/o", f"cache={out}/judged"]
+    results = run_here(*given, "detector=dlib")
+    own, gif, swapped = (clips[name]["figures"] for name in ("own.mp4", "own.gif", "swapped.mp4"))
+    found = results["methods"]["a"]
+    for name in ("similarity", "distance", "decay"):
+        assert (found[name]["mean"], found[name]["num_videos"]) == (pytest.approx(own[name]), 1)
+        assert found[name]["num_unknown"] == 1
+    assert found["top1"]["mean"] == 0.5
+    for name in ("fm_inter", "fm_ref", "smoothness", "face_found"):
+        assert found[name]["mean"] == pytest.approx((gif[name] + swapped[name]) / 2)
+    rates = results["success_rates"]["a"]
+    assert (rates["identity"], rates["face"]) == (0.5, 1.0)
+    plain = json.loads((out / "results.json").read_text())
+    assert results["methods"]["b"]["similarity"] == plain["methods"]["real"]["similarity"]
+    assert results["success_rates"]["b"] == plain["success_rates"]["real"]
+    assert "a: 2 of 4 videos" in (tmp_path / "o/report.html").read_text()
+    assert "asks for the face" not in (out / "report.html").read_text()
+
+
 # Cost
 
 
