@@ -48,6 +48,7 @@ from mm_lightning.metrics.face_motion_ref import FaceMotionRef
 from mm_lightning.metrics.id_distance import AverageIDDistance
 from mm_lightning.metrics.id_similarity import AverageIDSimilarity, frame_similarity
 from mm_lightning.metrics.identity_retrieval import IdentityRetrieval
+from mm_lightning.metrics.inception_score import InceptionScore
 from mm_lightning.metrics.similarity_decay import SimilarityDecay
 from mm_lightning.metrics.success_rates import SuccessRates
 
@@ -150,6 +151,7 @@ class Evaluation:
             clips += [describe_clip(method, entry, video, i, figures) for i, (entry, video) in pairs]
             enhanced = [entry.face_enhanced for entry in entries]
             estimates[method] = estimate(figures, [entry.identity for entry in entries], enhanced)
+            estimates[method] |= set_figures(judged, enhanced, self.judge.set_metrics)
             rates[method] = success(figures, enhanced, self.success_rates)
         results = {"description": self.description, "judged_with": self.judge.settings, "num_people": len(numbers)}
         results |= {"methods": {method: as_numbers(found) for method, found in estimates.items()}}
@@ -191,6 +193,18 @@ def estimate(
     for figure in FIGURES:
         chosen = counted(figure.name, enhanced)
         found[figure.name] = bootstrap(choose(figures.get(figure.name, unknown), chosen), choose(identities, chosen))
+    return found
+
+
+def set_figures(
+    judged: Sequence[Judged], enhanced: Sequence[bool], metrics: Mapping[str, InceptionScore]
+) -> dict[str, Estimate]:
+    """Figures of a set of videos as a whole; without an interval."""
+    found = {}
+    for name, metric in metrics.items():
+        chosen = choose(judged, counted(name, enhanced))
+        score = float(metric.score(torch.cat([video.classes[name] for video in chosen])))
+        found[name] = Estimate(score, math.nan, math.nan, len(chosen), 0)
     return found
 
 
@@ -257,11 +271,12 @@ def part_of(methods: Mapping[str, Sequence[Entry]], part: int, num_parts: int) -
 
 
 def make_judge(cfg: DictConfig) -> Judge:
-    """Raises what `FaceReader` and `Judge` raise."""
+    """Raises what the metrics, `FaceReader` and `Judge` raise."""
+    given: dict[str, Any] = OmegaConf.to_container(cfg.metrics, resolve=True) if cfg.metrics else {}
+    given = {name: metric for name, metric in given.items() if metric}
+    metrics = {name: instantiate(metric) for name, metric in given.items()}
     reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
-    metrics = {name: instantiate(metric) for name, metric in (cfg.metrics or {}).items() if metric}
-    settings = {"metrics": OmegaConf.to_container(cfg.metrics, resolve=True) if cfg.metrics else None}
-    return Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, settings)
+    return Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": given})
 
 
 def judge_part(cfg: DictConfig) -> int:

@@ -73,6 +73,7 @@ FIGURES = (
     Figure("smoothness", "smoothness", -1),
     Figure("colour_drift", "colour drift", -1),
     Figure("text", "text", 1),
+    Figure("inception_score", "inception score", 1, 2),
 )
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 

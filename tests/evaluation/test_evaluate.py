@@ -16,7 +16,9 @@ import skimage.data
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from torch import nn
 
+from mm_lightning.config import UserError, short_errors
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluate import judge_part, part_of, run
 from mm_lightning.evaluation.clips import read_clip
@@ -28,6 +30,7 @@ from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
 
 DLIB = "detector=dlib"
+SCORE = "mm_lightning.metrics.inception_score"
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +241,48 @@ def test_similarity_comes_from_prompts_that_ask_for_the_face_and_all_else_from_t
     assert results["success_rates"]["b"] == plain["success_rates"]["real"]
     assert "a: 2 of 4 videos" in (tmp_path / "o/report.html").read_text()
     assert "asks for the face" not in (out / "report.html").read_text()
+
+
+# Inception score
+
+
+class Brightness(nn.Module):
+    """Says of a picture from 0 to 255 how bright it is, in four classes."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        level = (pictures.mean(dim=[1, 2, 3]) / 64).long().clamp(0, 3)
+        return nn.functional.one_hot(level, 4).float() * 20
+
+
+def test_inception_score_is_a_figure_of_all_frames(videos, clips, tmp_path):
+    """The score of one-hot classes is exp of the entropy of their shares."""
+    torch.jit.script(Brightness()).save(tmp_path / "classifier.pt")
+    classifier = f"{{_target_: {SCORE}.ScriptedClassifier, file: {tmp_path}/classifier.pt, size: 32, pixels: [0, 255]}}"
+    metric = f"metrics.inception_score={{_target_: {SCORE}.InceptionScore, splits: 1, classifier: {classifier}}}"
+    given = [f"+videos.a={videos}", f"out={tmp_path}/o", "detector=dlib", metric]
+    score = run_here(*given)["methods"]["a"]["inception_score"]
+    frames = [frame for name in clips for frame in read_clip(videos / name).frames]
+    pictures = [torch.from_numpy(frame).movedim(-1, 0)[None].float() for frame in frames]
+    resized = [nn.functional.interpolate(p, size=(32, 32), mode="bilinear", antialias=True) for p in pictures]
+    levels = np.array([float(p.mean()) // 64 for p in resized])
+    shares = np.unique(levels, return_counts=True)[1] / len(levels)
+    assert len(shares) > 1
+    assert score["mean"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), abs=1e-3)
+    assert (score["num_videos"], score["low"]) == (4, None)
+    judged = {file: file.stat().st_mtime_ns for file in (tmp_path / "o/judged").rglob("*")}
+    assert run_here(*given)["methods"]["a"]["inception_score"] == score
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "o/judged").rglob("*")} == judged
+    assert "inception score" in (tmp_path / "o/report.html").read_text()
+
+
+@pytest.mark.parametrize("content", [None, b"no network"])
+def test_a_classifier_that_is_none(videos, tmp_path, content):
+    file = tmp_path / "classifier.pt"
+    if content is not None:
+        file.write_bytes(content)
+    metric = f"{{_target_: {SCORE}.InceptionScore, classifier: {{_target_: {SCORE}.ScriptedClassifier, file: {file}}}}}"
+    with pytest.raises(UserError, match="classifier"), short_errors():
+        run_here(f"+videos.a={videos}", f"out={tmp_path}/o", "detector=dlib", f"metrics.inception_score={metric}")
 
 
 # Cost
