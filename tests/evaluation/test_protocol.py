@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from mm_lightning.encoders.text import IDENTITY_ADJECTIVES, IDENTITY_NOUNS, IdentityTokenizer
 from mm_lightning.evaluation.protocol import find_people, plan
 from mm_lightning.evaluation.vbench import Prompt, read_prompts
-from mm_lightning.generate import Job, read_jobs
+from mm_lightning.jobs import Job, read_jobs
 from tests.conftest import ROOT
 
 
