@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.ema import averaged_weights
+from callbacks.every_n_steps import EveryNSteps
 
 
-class AdapterCheckpoint(Callback):
+class AdapterCheckpoint(EveryNSteps):
     """Calls `pl_module.save_adapter(folder)` every n optimizer steps and at the end, on averaged weights if there are.
 
     The folder always holds the newest adapter. `save_adapter` runs on every rank, because sharded weights have to be
@@ -22,26 +22,13 @@ class AdapterCheckpoint(Callback):
     """
 
     def __init__(self, folder: str, every_n_steps: int = 0) -> None:
-        if every_n_steps < 0:
-            raise ValueError(f"every_n_steps is {every_n_steps}, but must be 0 (only at the end) or more.")
+        super().__init__(every_n_steps)
         self.folder = Path(folder)
-        self.every_n_steps = every_n_steps
-        self._last_step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due and trainer.global_step > self._last_step:
-            self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, pl_module)
+        """Also after no step: a run that is resumed at its end leaves an adapter too."""
+        self.act_now(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with averaged_weights(trainer, pl_module):
             pl_module.save_adapter(self.folder)

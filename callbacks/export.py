@@ -21,8 +21,7 @@ class ModelExport(AdapterCheckpoint):
     """
 
     @override
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from callbacks.ema import averaged_weights
+from callbacks.every_n_steps import EveryNSteps
 from callbacks.tensorboard_media import evaluation
 from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, sample_frames, to_uint8
 from mm_lightning.metrics.color_drift import ColorDrift
@@ -70,7 +71,7 @@ class Generated(NamedTuple):
     faces: VideoFaces
 
 
-class GeneratedValidation(Callback):
+class GeneratedValidation(EveryNSteps):
     """Generates videos of the first people of the validation set every n steps and at the end, and judges them.
 
     Weights, text encoder and VAE are the module's own (`pl_module.build_pipeline()`), with averaged weights where there
@@ -113,11 +114,10 @@ class GeneratedValidation(Callback):
         min_motion: float = 0.2,
         fps: float = 8.0,
     ) -> None:
-        if every_n_steps < 0 or num_people < 1 or stride < 1:
-            given = f"every_n_steps={every_n_steps}, num_people={num_people}, stride={stride}"
-            raise ValueError(f"{given}: give 0 or more steps, at least one person and a stride from 1.")
-        self.face_reader, self.every_n_steps = face_reader, every_n_steps
-        self.num_people, self.stride = num_people, stride
+        super().__init__(every_n_steps)
+        if num_people < 1 or stride < 1:
+            raise ValueError(f"num_people={num_people}, stride={stride}: give at least one person and a stride from 1.")
+        self.face_reader, self.num_people, self.stride = face_reader, num_people, stride
         self.prompts = None if prompts is None else tuple(prompts)
         self.sampling = {"num_frames": num_frames, "num_inference_steps": num_inference_steps}
         self.sampling |= {"height": height, "width": width}
@@ -126,27 +126,15 @@ class GeneratedValidation(Callback):
         self.best_folder = None if best_folder is None else Path(best_folder)
         self.best: dict[str, float] | None = None
         self.people: list[Person] = []
-        self._last_step = 0
 
     # When
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         pl_module.build_pipeline()  # what it lacks is told now, not after a thousand steps
         self.people = trainer.strategy.broadcast(self.choose_people(trainer, pl_module))
         if not self.people:
             logger.warning("No validation sample has a reference with a face: callbacks.generated shows nothing.")
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due and trainer.global_step > self._last_step:
-            self.look(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._last_step:
-            self.look(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -190,9 +178,8 @@ class GeneratedValidation(Callback):
 
     # How
 
-    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, judge, log, and keep the adapter if it is the best so far."""
-        self._last_step = trainer.global_step
         if not self.people:
             return
         with averaged_weights(trainer, pl_module):

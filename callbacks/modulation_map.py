@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from callbacks.ema import averaged_weights
+from callbacks.every_n_steps import EveryNSteps
 from callbacks.tensorboard_media import evaluation, first_sample
 
 MARKERS = {"video": "o", "text": "s", "face": "^", "video + residual": "o", "text + residual": "s"}
@@ -118,7 +119,7 @@ def draw_map(places: dict[str, NDArray[np.float32]]) -> Figure:
     return figure
 
 
-class ModulationMap(Callback):
+class ModulationMap(EveryNSteps):
     """Draws the map of modulation scales for the first person seen, every n optimizer steps and at the end, as
     `validation/modulation_scales` in TensorBoard.
 
@@ -128,34 +129,19 @@ class ModulationMap(Callback):
     """
 
     def __init__(self, every_n_steps: int = 0, num_timesteps: int = 20) -> None:
-        if every_n_steps < 0 or num_timesteps < 2:
-            raise ValueError(
-                f"every_n_steps={every_n_steps}, num_timesteps={num_timesteps}: give 0 or more, and at least 2."
-            )
-        self.every_n_steps, self.num_timesteps = every_n_steps, num_timesteps
+        super().__init__(every_n_steps)
+        if num_timesteps < 2:
+            raise ValueError(f"num_timesteps={num_timesteps}: give at least 2.")
+        self.num_timesteps = num_timesteps
         self._batch: Any = None
-        self._last_step = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._batch is None:
             self._batch = move_data_to_device(first_sample(batch), "cpu")
-            self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due and trainer.global_step > self._last_step:
-            self.show(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._batch is not None and trainer.global_step > self._last_step:
-            self.show(trainer, pl_module)
 
     @torch.no_grad()
-    def show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sharded weights need every rank; rank zero draws."""
-        self._last_step = trainer.global_step
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rank zero draws."""
         batch = move_data_to_device(self._batch, pl_module.device)
         with averaged_weights(trainer, pl_module), evaluation(pl_module), trainer.precision_plugin.forward_context():
             identity = pl_module.front_end(pl_module.encode_features(batch), pl_module.encode_text(batch))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 
 from callbacks.ema import averaged_weights
+from callbacks.every_n_steps import EveryNSteps
 from mm_lightning.media import encode_gif, to_uint8, write_mp4
 from mm_lightning.types import Preview
 
@@ -44,7 +45,7 @@ def side_by_side(reference: Tensor, video: Tensor, max_height: int) -> list[Imag
     return frames
 
 
-class MediaPreview(Callback):
+class MediaPreview(EveryNSteps):
     """Shows what the model generates for the first training sample, every n optimizer steps and at the end.
 
     Calls `pl_module.generate_preview(batch) -> Preview` with a batch of one, on every rank (sharded weights need all),
@@ -59,33 +60,18 @@ class MediaPreview(Callback):
     """
 
     def __init__(self, every_n_steps: int = 500, fps: float = 8, max_height: int = 240) -> None:
-        if every_n_steps < 0 or fps <= 0 or max_height < 1:
-            given = f"every_n_steps={every_n_steps}, fps={fps}, max_height={max_height}"
-            raise ValueError(f"{given}: every_n_steps may be 0, but not less; fps and max_height must be positive.")
-        self.every_n_steps = every_n_steps
+        super().__init__(every_n_steps)
+        if fps <= 0 or max_height < 1:
+            raise ValueError(f"fps={fps}, max_height={max_height}: both must be positive.")
         self.fps = fps
         self.max_height = max_height
         self._batch: Any = None
-        self._last_step = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._batch is None:
             self._batch = move_data_to_device(first_sample(batch), "cpu")
-            self._last_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due and trainer.global_step > self._last_step:
-            self._show(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._batch is not None and trainer.global_step > self._last_step:
-            self._show(trainer, pl_module)
-
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir) / "previews"
         preview = self._generate(trainer, pl_module)
         if not trainer.is_global_zero:

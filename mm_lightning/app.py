@@ -33,16 +33,8 @@ from mm_lightning.credentials import read_signing
 from mm_lightning.encoders import photos as photo_reading
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluation.clips import read_clip
-from mm_lightning.generate import (
-    Generator,
-    Job,
-    add_signing,
-    add_weights,
-    describe_weights,
-    load_pipeline,
-    make_job,
-    name_jobs,
-)
+from mm_lightning.generate import Generator, add_signing, add_weights, describe_weights, load_pipeline
+from mm_lightning.jobs import Job, make_job, name_jobs
 from mm_lightning.metrics.arithmetic import mean_embedding
 from mm_lightning.metrics.id_similarity import frame_similarity
 from mm_lightning.pipeline import MagicMirrorPipeline

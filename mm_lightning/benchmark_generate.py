@@ -2,9 +2,11 @@
 
     python -m mm_lightning.benchmark generate --photos her.jpg
     python -m mm_lightning.benchmark generate --photos her.jpg --base weights/CogVideoX-5b --adapter RUN/adapter
+    python -m mm_lightning.benchmark generate --photos her.jpg --out cost.json   # for the evaluation's cost=cost.json
 
 The same pipeline, weights, noise and prompt, with `face_scale` 0 and 1 in turn; "ours" includes finding and embedding
-the face, which has a row of its own too. The paper has 204 s for CogVideoX-5B and 209 s for MagicMirror on one A800.
+the face, which has a row of its own too. The face's weights lie in memory for every row.
+The paper has 204 s for CogVideoX-5B and 209 s for MagicMirror on one A800.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from mm_lightning.benchmark import TABLE_WIDTH, synchronize
+from mm_lightning.evaluation.cost import Cost, CostRow, write_cost
 from mm_lightning.generate import add_weights, load_pipeline
 from mm_lightning.pipeline import MagicMirrorPipeline
 
@@ -90,11 +94,26 @@ def parameters(pipeline: MagicMirrorPipeline) -> dict[str, int]:
     return {ALONE: alone, OURS: ours, FACE: count(pipeline.face_encoder), GUIDED: ours}
 
 
-def make_table(rows: Sequence[Row], sizes: dict[str, int], title: str) -> Table:
+def describe(pipeline: MagicMirrorPipeline, options: argparse.Namespace) -> dict[str, Any]:
+    """What the costs follow from, with the base model's own sizes where none were given."""
+    config, ratio = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
+    return {
+        "num_frames": options.num_frames or config.sample_frames,
+        "height": options.height or config.sample_height * ratio,
+        "width": options.width or config.sample_width * ratio,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "repetitions": options.repetitions,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "base": pipeline.record["base"]["name"],
+    }
+
+
+def make_table(rows: Sequence[CostRow], title: str) -> Table:
     table = Table("", "seconds", "times", "spread", "parameters", "peak memory", title=title, box=box.SIMPLE)
     for row in rows:
         cells = (f"{row.seconds:.3f}", f"{row.seconds / rows[0].seconds:.3f}", f"{row.spread:.3f}")
-        table.add_row(row.name, *cells, f"{sizes[row.name]:,}", f"{row.peak_bytes / 2**30:.2f} GiB")
+        table.add_row(row.name, *cells, f"{row.parameters:,}", f"{row.peak_bytes / 2**30:.2f} GiB")
     return table
 
 
@@ -109,6 +128,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
         add(option, type=int, help="the base model's by default")
     add("--guidance-scale", type=float, default=6.0)
     add("--repetitions", type=int, default=3)
+    add("--out", type=Path, help="the table as JSON too, for cost= of mm_lightning.evaluate")
     add_weights(parser)
     return parser, parser.parse_args(arguments)
 
@@ -130,7 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_WIDTH)  # not cut where the output is a file
-    console.print(make_table(rows, parameters(pipeline), f"{place}, {a.num_inference_steps} steps"))
+    sizes = parameters(pipeline)
+    lines = tuple(CostRow(row.name, row.seconds, row.spread, sizes[row.name], row.peak_bytes) for row in rows)
+    cost = Cost(place, describe(pipeline, a), lines)
+    console.print(make_table(cost.rows, f"{place}, {a.num_inference_steps} steps"))
+    if a.out is not None:
+        write_cost(a.out, cost)
 
 
 if __name__ == "__main__":

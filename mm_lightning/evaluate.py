@@ -2,10 +2,13 @@
 
     python -m mm_lightning.evaluate +videos.ours=outputs/generated
     python -m mm_lightning.evaluate +videos.ours=outputs/generated +videos.consisid=FOLDER out=outputs/evaluation
+    python -m mm_lightning.evaluate --multirun part=0,1,2,3 num_parts=4 hydra/launcher=joblib +videos.ours=FOLDER
+    python -m mm_lightning.evaluate ablation FOLDER...
 
 A folder holds videos (mp4, webm, GIF) and a manifest.json that gives each its prompt and photos of the person, as
 `mm_lightning.generate` writes it. Each video is judged once and kept by its contents; started again, it goes on.
-Options stand in conf/evaluate/.
+With `part` a run judges only its share, at the same time as others, and a plain run after them writes the report.
+Options stand in conf/evaluate/. `ablation` gathers runs that were judged: see `mm_lightning.evaluation.ablation`.
 """
 
 from __future__ import annotations
@@ -15,24 +18,29 @@ import csv
 import io
 import logging
 import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from mm_lightning.checkpoint import replace_path
 from mm_lightning.config import short_errors
 from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.evaluation import ablation
+from mm_lightning.evaluation.cost import Cost, read_cost
 from mm_lightning.evaluation.judge import Judge, Judged
 from mm_lightning.evaluation.manifest import Entry, read_manifest
-from mm_lightning.evaluation.report import Figure, render, to_json
+from mm_lightning.evaluation.report import FIGURES, Figure, render, to_json
 from mm_lightning.evaluation.summary import Estimate, bootstrap
+from mm_lightning.files import write_text
 from mm_lightning.metrics.arithmetic import mean_embedding
 from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
 from mm_lightning.metrics.face_motion_inter import FaceMotionInter
@@ -40,26 +48,17 @@ from mm_lightning.metrics.face_motion_ref import FaceMotionRef
 from mm_lightning.metrics.id_distance import AverageIDDistance
 from mm_lightning.metrics.id_similarity import AverageIDSimilarity, frame_similarity
 from mm_lightning.metrics.identity_retrieval import IdentityRetrieval
+from mm_lightning.metrics.inception_score import InceptionScore
 from mm_lightning.metrics.similarity_decay import SimilarityDecay
 from mm_lightning.metrics.success_rates import SuccessRates
 
 logger = logging.getLogger("mm_lightning.evaluate")
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "evaluate"
-FIGURES = (
-    Figure("similarity", "ID similarity", 1),
-    Figure("distance", "ID distance", -1),
-    Figure("decay", "decay", -1),
-    Figure("face_found", "face found", 1),
-    Figure("top1", "top-1", 1),
-    Figure("top5", "top-5", 1),
-    Figure("fm_ref", "FM_ref", 1),
-    Figure("fm_inter", "FM_inter", 1),
-    Figure("dynamic_degree", "dynamic degree", 1),
-    Figure("smoothness", "smoothness", -1),
-    Figure("colour_drift", "colour drift", -1),
-    Figure("text", "text", 1),
-)
+
+
+# On videos whose prompt asks for the face, where a method has some
+OF_SIMILARITY = ("similarity", "distance", "decay", "top1", "top5")
 
 
 # Figures of one method's videos ---------------------------------------------------------------------------------------
@@ -93,11 +92,31 @@ def similarities(video: Judged) -> list[float | None]:
     return [float(value) if is_known else None for value, is_known in zip(values, known, strict=True)]
 
 
-def success(figures: Mapping[str, Sequence[float]], rates: SuccessRates) -> dict[str, float | None]:
+def counted(name: str, enhanced: Sequence[bool]) -> list[bool]:
+    """The videos by which a figure is judged.
+
+    Args:
+        enhanced: whose prompts ask for the face: they count for similarity, the others for all else. Without both
+            kinds every video counts.
+    """
+    if len(set(enhanced)) < 2:
+        return [True] * len(enhanced)
+    return [is_enhanced == (name in OF_SIMILARITY) for is_enhanced in enhanced]
+
+
+def choose(values: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+
+
+def success(
+    figures: Mapping[str, Sequence[float]], enhanced: Sequence[bool], rates: SuccessRates
+) -> dict[str, float | None]:
     """Share of videos that pass each check, and the mean of the shares; None where nothing was measured."""
     columns = {"face_rate": "face_found", "similarity": "similarity", "motion": "fm_inter", "text": "text"}
     rates.reset()
-    rates.update(**{name: torch.tensor(figures[column]) for name, column in columns.items() if column in figures})
+    for name, column in columns.items():
+        if column in figures:  # each check by itself: it has videos of its own
+            rates.update(**{name: torch.tensor(choose(figures[column], counted(column, enhanced)))})
     return {name: known(float(share)) for name, share in rates.compute().items()}
 
 
@@ -111,10 +130,11 @@ class Evaluation:
         judge: of single videos.
         rates: with the thresholds of a success.
         description: for the report.
+        cost: of generating, for the report.
     """
 
-    def __init__(self, judge: Judge, rates: SuccessRates, description: str) -> None:
-        self.judge, self.success_rates, self.description = judge, rates, description
+    def __init__(self, judge: Judge, rates: SuccessRates, description: str, cost: Cost | None = None) -> None:
+        self.judge, self.success_rates, self.description, self.cost = judge, rates, description, cost
 
     def run(self, methods: Mapping[str, Sequence[Entry]], out: Path) -> dict[str, Any]:
         """The results, also written to `out`."""
@@ -129,11 +149,14 @@ class Evaluation:
             figures |= {name: [video.values[name] for video in judged] for name in judged[0].values}
             pairs = enumerate(zip(entries, judged, strict=True))
             clips += [describe_clip(method, entry, video, i, figures) for i, (entry, video) in pairs]
-            estimates[method] = estimate(figures, [entry.identity for entry in entries])
-            rates[method] = success(figures, self.success_rates)
+            enhanced = [entry.face_enhanced for entry in entries]
+            estimates[method] = estimate(figures, [entry.identity for entry in entries], enhanced)
+            estimates[method] |= set_figures(judged, enhanced, self.judge.set_metrics)
+            rates[method] = success(figures, enhanced, self.success_rates)
         results = {"description": self.description, "judged_with": self.judge.settings, "num_people": len(numbers)}
         results |= {"methods": {method: as_numbers(found) for method, found in estimates.items()}}
         results |= {"success_rates": rates, "thresholds": self.success_rates.thresholds, "clips": clips}
+        results |= {} if self.cost is None else {"cost": self.cost.as_dict()}
         write_results(results, estimates, out)
         return results
 
@@ -149,6 +172,7 @@ def describe_clip(
         "prompt": entry.prompt,
         "identity": entry.identity,
         "group": entry.group,
+        "face_enhanced": entry.face_enhanced,
         "references": [path.as_posix() for path in entry.references],
         **video.info,
         "figures": values,
@@ -161,10 +185,27 @@ def known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def estimate(figures: Mapping[str, Sequence[float]], identities: Sequence[str]) -> dict[str, Estimate]:
-    """Of every column; unknown where nobody measured it."""
-    unknown = [math.nan] * len(identities)
-    return {figure.name: bootstrap(figures.get(figure.name, unknown), identities) for figure in FIGURES}
+def estimate(
+    figures: Mapping[str, Sequence[float]], identities: Sequence[str], enhanced: Sequence[bool]
+) -> dict[str, Estimate]:
+    """Of every column, over the videos that count for it; unknown where nobody measured it."""
+    found, unknown = {}, [math.nan] * len(identities)
+    for figure in FIGURES:
+        chosen = counted(figure.name, enhanced)
+        found[figure.name] = bootstrap(choose(figures.get(figure.name, unknown), chosen), choose(identities, chosen))
+    return found
+
+
+def set_figures(
+    judged: Sequence[Judged], enhanced: Sequence[bool], metrics: Mapping[str, InceptionScore]
+) -> dict[str, Estimate]:
+    """Figures of a set of videos as a whole; without an interval."""
+    found = {}
+    for name, metric in metrics.items():
+        chosen = choose(judged, counted(name, enhanced))
+        score = float(metric.score(torch.cat([video.classes[name] for video in chosen])))
+        found[name] = Estimate(score, math.nan, math.nan, len(chosen), 0)
+    return found
 
 
 def as_numbers(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | int | None]]:
@@ -199,13 +240,6 @@ def to_csv(clips: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> str:
     return text.getvalue()
 
 
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text)
-    replace_path(partial, path)
-
-
 def data_uri(file: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
@@ -225,26 +259,76 @@ def read_methods(videos: Mapping[str, str | None]) -> dict[str, list[Entry]]:
     return {method: read_manifest(path) for method, path in given.items()}
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """All that the command does, from what it composed; the results.
+def part_of(methods: Mapping[str, Sequence[Entry]], part: int, num_parts: int) -> list[Entry]:
+    """Every `num_parts`-th video of all methods together, from the `part`-th.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_methods`, `FaceReader` and `Judge`.
+        ValueError: no such part.
     """
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
-    methods = read_methods(config["videos"])
+    if not (isinstance(part, int) and isinstance(num_parts, int) and 0 <= part < num_parts):
+        raise ValueError(f"part={part} of num_parts={num_parts}: give whole numbers, part from 0 to num_parts - 1.")
+    return [entry for entries in methods.values() for entry in entries][part::num_parts]
+
+
+def make_judge(cfg: DictConfig) -> Judge:
+    """Raises what the metrics, `FaceReader` and `Judge` raise."""
+    given: dict[str, Any] = OmegaConf.to_container(cfg.metrics, resolve=True) if cfg.metrics else {}
+    given = {name: metric for name, metric in given.items() if metric}
+    metrics = {name: instantiate(metric) for name, metric in given.items()}
     reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
-    metrics = {name: instantiate(metric) for name, metric in (cfg.metrics or {}).items() if metric}
-    judge = Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": config["metrics"]})
-    evaluation = Evaluation(judge, SuccessRates(**config["thresholds"]), describe(reader, config["num_frames"]))
-    return evaluation.run(methods, Path(cfg.out))
+    return Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": given})
+
+
+def judge_part(cfg: DictConfig) -> int:
+    """Judges a part of the videos into the cache, and writes no report; how many videos.
+
+    Raises:
+        FileNotFoundError, ValueError: as `run` and `part_of`.
+    """
+    entries = part_of(read_methods(cfg.videos), cfg.part, cfg.num_parts)
+    judge = make_judge(cfg)
+    for entry in tqdm(entries, desc=f"part {cfg.part}", unit="video"):
+        judge(entry)
+    return len(entries)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Judges all videos and writes results and report; the results.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_methods`, `read_cost`, `FaceReader` and `Judge`.
+    """
+    if cfg.num_parts != 1:
+        raise ValueError(f"num_parts={cfg.num_parts} without a part: give part=0 and so on, or leave num_parts out.")
+    methods = read_methods(cfg.videos)
+    cost = None if cfg.cost is None else read_cost(Path(cfg.cost))
+    judge, rates = make_judge(cfg), SuccessRates(**cfg.thresholds)
+    return Evaluation(judge, rates, describe(judge.reader, cfg.num_frames), cost).run(methods, Path(cfg.out))
+
+
+def finishing_command(overrides: Sequence[str]) -> str:
+    """The plain run after the parts."""
+    kept = [text for text in overrides if text.split("=")[0] not in ("part", "num_parts")]
+    return shlex.join(["python", "-m", "mm_lightning.evaluate", *kept])
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
+def evaluate(cfg: DictConfig) -> None:
     with short_errors():
-        run(cfg)
-        logger.info("Report: %s", Path(cfg.out) / "report.html")
+        if cfg.part is None:
+            run(cfg)
+            logger.info("Report: %s", Path(cfg.out) / "report.html")
+            return
+        num_videos = judge_part(cfg)
+        told = (cfg.part, cfg.num_parts, num_videos, cfg.cache, finishing_command(HydraConfig.get().overrides.task))
+        logger.info("Part %d of %d: %d videos judged into %s, no report yet. After all parts: %s", *told)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["ablation"]:
+        ablation.main(sys.argv[2:])
+    else:
+        evaluate()
 
 
 def describe(reader: FaceReader, num_frames: int) -> str:

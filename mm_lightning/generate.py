@@ -2,6 +2,7 @@
 
     python -m mm_lightning.generate --photos her.jpg --prompt "A woman img laughs in the rain"
     python -m mm_lightning.generate --jobs jobs.csv --base weights/CogVideoX-5b --adapter RUN/adapter
+    python -m mm_lightning.generate --jobs jobs.csv --part 0/4   # a quarter of them, beside three others
     python -m mm_lightning.generate verify outputs/generated/*.mp4
 
 Each video comes with a contact sheet and a JSON file that says how it was made, and can be made again from it
@@ -12,16 +13,14 @@ comment and signed content credentials (C2PA) that say that they are generated; 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import logging
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -37,6 +37,8 @@ from tqdm import tqdm
 from mm_lightning.checkpoint import replace_path
 from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
 from mm_lightning.encoders.photos import load_photo
+from mm_lightning.files import write_json
+from mm_lightning.jobs import Job, check_jobs, name_jobs, part_of, read_jobs
 from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
 from mm_lightning.pipeline import MagicMirrorPipeline
 
@@ -47,38 +49,7 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
 FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
-NOT_ARGUMENTS = ("photos", "name", "seed", "identity", "group")
-NAME = re.compile(r"[\w][\w.-]{0,99}")
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video. What is None is the base model's own."""
-
-    prompt: str
-    photos: tuple[str, ...]
-    name: str = ""
-    seed: int = 0
-    negative_prompt: str | None = None
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 6.0
-    use_dynamic_cfg: bool = False
-    face_scale: float = 1.0
-    identity_guidance_scale: float = 1.0
-    face_index: int | None = None
-    identity: str | None = None  # for evaluation: whose photos these are, and of which group
-    group: str | None = None
-
-    def call(self) -> dict[str, Any]:
-        """Arguments of the pipeline, but for the person."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_ARGUMENTS}
-
-
-NUMBERS = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[str(text).lower()]}
 
 
 class Generator:
@@ -122,7 +93,7 @@ class Generator:
                 continue
             made.append(path)
             entries.append(manifest_entry(path, job))
-            write_json(self.out / MANIFEST, merge_entries(self.out / MANIFEST, entries))
+            add_to_manifest(self.out / MANIFEST, entries)
         if failures:
             raise ValueError(f"not made: {'; '.join(failures)}")
         return made
@@ -139,7 +110,7 @@ class Generator:
         self.write(path, frames)
         self.write_sheet(path.with_suffix(".sheet.jpg"), job, frames)
         record |= {"seconds": round(time.monotonic() - start, 2), "device": describe_device(self.pipeline.device)}
-        write_json(path.with_suffix(".json"), record)
+        write_json(path.with_suffix(".json"), record, sort_keys=False)
         logger.info("%s", path)
         return path
 
@@ -172,102 +143,10 @@ class Generator:
         """All that the video follows from."""
         photos = [{"file": path, "sha256": sha256(Path(path))} for path in absolute(job.photos)]
         settings = asdict(job) | {"photos": photos}
+        if not job.face_enhanced:
+            del settings["face_enhanced"]  # so that records without it still say the same
         scheduler = type(self.pipeline.scheduler).__name__
         return {"job": settings, "fps": self.fps, "scheduler": scheduler, "generated": DISCLOSURE, **self.made_with}
-
-
-# Jobs -----------------------------------------------------------------------------------------------------------------
-
-
-def read_jobs(file: Path, default: Job) -> list[Job]:
-    """Jobs of a CSV with a head line (photos separated by semicolons), of a JSON list of objects, or of what a former
-    run left beside a video; paths count from the file's folder.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is neither, or an entry has an unknown or a missing field.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"No file of jobs at {file}.")
-    try:
-        rows = read_rows(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} can be read neither as JSON nor as CSV: {error}") from error
-    if not rows:
-        raise ValueError(f"{file} holds no jobs.")
-    return [make_job(row, default, f"{file}, entry {i + 1}", file.parent) for i, row in enumerate(rows)]
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    if file.suffix.lower() == ".csv":
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            return [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
-    read = json.loads(file.read_text())
-    if isinstance(read, dict):
-        read = [read.get("job", read)]
-    return read if isinstance(read, list) else []
-
-
-def make_job(row: Any, default: Job, where: str, folder: Path) -> Job:
-    kinds = {field.name: str(field.type).split(" | ")[0] for field in fields(Job)}
-    if not isinstance(row, dict) or not row.keys() <= kinds.keys():
-        unknown = ", ".join(sorted(row.keys() - kinds.keys(), key=str)) if isinstance(row, dict) else repr(row)
-        raise ValueError(f"{where}: unknown {unknown}; a job has {', '.join(kinds)}.")
-    try:
-        values = {name: convert(kinds[name], value) for name, value in row.items() if value is not None}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: {error}; {row}") from error
-    if "photos" in values:
-        values["photos"] = tuple(str(folder / photo) for photo in photo_files(values["photos"]))
-    return replace(default, **values)
-
-
-def convert(kind: str, value: Any) -> Any:
-    return NUMBERS[kind](value) if kind in NUMBERS else value
-
-
-def photo_files(photos: str | Sequence[Any]) -> list[str]:
-    if isinstance(photos, str):
-        return [part.strip() for part in photos.split(";")]
-    return [photo["file"] if isinstance(photo, dict) else photo for photo in photos]
-
-
-def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
-    """Each with a name of its own, and `num_videos` of each, with seeds that count up.
-
-    Raises:
-        ValueError: a name that is no file name, or two the same.
-    """
-    named = []
-    for i, job in enumerate(jobs):
-        stem = job.name or f"{i:03d}-{'-'.join(re.findall('[a-z0-9]+', job.prompt.lower())[:6])}"
-        for j in range(num_videos):
-            name = stem if num_videos == 1 else f"{stem}-{job.seed + j}"
-            named.append(replace(job, name=name, seed=job.seed + j))
-    for job in named:
-        if not NAME.fullmatch(job.name):
-            raise ValueError(f"name={job.name!r} is no file name: letters, digits, dots, dashes, underscores.")
-    if len({job.name for job in named}) < len(named):
-        raise ValueError("Two jobs have the same name; leave names out, or give each its own.")
-    return named
-
-
-def check_jobs(jobs: Sequence[Job]) -> None:
-    """Before anything is loaded.
-
-    Raises:
-        FileNotFoundError: a photo is not there.
-        ValueError: a job without prompt or photo, or a photo that is no picture.
-    """
-    for job in jobs:
-        if not job.prompt.strip():
-            raise ValueError(f"{job.name}: the prompt is empty; give --prompt.")
-        if not job.photos and job.face_scale:
-            raise ValueError(
-                f"{job.name}: no photo; give --photos, or --face-scale 0 for a video of nobody in particular."
-            )
-        for photo in job.photos:
-            load_photo(photo)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -281,17 +160,17 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
     replace_path(partial, path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    replace_path(partial, path)
-
-
 def manifest_entry(video: Path, job: Job) -> dict[str, Any]:
     """As `mm_lightning.evaluate` reads it."""
     entry = {"video": video.name, "prompt": job.prompt, "references": absolute(job.photos)}
-    return entry | {name: value for name in ("identity", "group") if (value := getattr(job, name)) is not None}
+    told = {name: value for name in ("identity", "group", "face_enhanced") if (value := getattr(job, name))}
+    return entry | told
+
+
+def add_to_manifest(file: Path, entries: list[dict[str, Any]]) -> None:
+    """Also where other processes add theirs at the same time."""
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        write_json(file, merge_entries(file, entries), sort_keys=False)
 
 
 def merge_entries(file: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -338,6 +217,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
     add("--photos", nargs="+", default=[], help="of one person")
     add("--prompt", action="append", default=[], help="may be given several times: one video each")
     add("--jobs", type=Path, help="CSV or JSON, fields as these options; they are defaults for it")
+    add("--part", help="such as 0/4: only every fourth job, from the first; for several GPUs or machines")
     add("--out", type=Path, default=Path("outputs/generated"))
     add("--name", default="", help="of the files; made from the prompt by default")
     add("--num-videos", type=int, default=1, help="of each prompt, with seeds that count up")
@@ -378,10 +258,10 @@ def add_signing(parser: argparse.ArgumentParser) -> None:
 
 
 def collect_jobs(options: argparse.Namespace) -> list[Job]:
-    """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs` and `check_jobs` raise."""
+    """Named jobs from the options, checked; raises what `read_jobs`, `name_jobs`, `part_of`, `check_jobs` raise."""
     if options.num_videos < 1:
         raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
-    names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group"}
+    names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group", "face_enhanced"}
     common = {name: getattr(options, name) for name in names}
     default = Job(prompt="", photos=tuple(options.photos), **common)
     if options.jobs is not None:
@@ -390,7 +270,7 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
         jobs = [replace(default, prompt=prompt) for prompt in options.prompt]
     else:
         raise ValueError("Nothing to make: give --prompt, or --jobs.")
-    jobs = name_jobs(jobs, options.num_videos)
+    jobs = part_of(name_jobs(jobs, options.num_videos), options.part)
     check_jobs(jobs)
     return jobs
 
@@ -454,6 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         _, options = parse(arguments)
         jobs = collect_jobs(options)
+        if not jobs:
+            logger.info("Part %s has no jobs.", options.part)
+            return
         signing = None if options.unsigned else read_signing(options.signing_key, options.signing_certificates)
         pipeline = load_pipeline(options)
         Generator(pipeline, options.out, describe_weights(pipeline, options), signing, options.fps).run(jobs)

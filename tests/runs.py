@@ -8,9 +8,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from mm_lightning.config import register_resolvers
+from mm_lightning.config import flatten, register_resolvers
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -55,3 +56,23 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 def header_commands(file: Path) -> list[list[str]]:
     """The overrides of each command in the comment at a file's head."""
     return [shlex.split(line[len(COMMAND) :]) for line in file.read_text().splitlines() if line.startswith(COMMAND)]
+
+
+def settings_of(*overrides: str, run_dir: str | Path = "outputs/run") -> dict[str, Any]:
+    """The hyper-parameters that a run with these overrides leaves."""
+    return flatten(compose_train(*overrides, f"paths.run_dir='{run_dir}'"))
+
+
+def write_run(folder: Path, settings: dict[str, Any], adapter: bool = True) -> Path:
+    """A run's folder, as training leaves it."""
+    logger = TensorBoardLogger(folder, name="tensorboard", version="")
+    for step in (1, 2, 3):
+        logger.log_metrics({"val/loss/velocity": 1 / step}, step)
+    logger.log_hyperparams(settings)
+    logger.save()
+    logger.finalize("success")
+    if adapter:
+        (folder / "adapter").mkdir()
+        for name in ("config.json", "adapter.safetensors"):
+            (folder / "adapter" / name).touch()
+    return folder

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -145,6 +146,35 @@ def test_a_job_that_cannot_be_made_does_not_keep_others_from_it(run, photo, tmp_
     assert sorted(file.name for file in (tmp_path / "out").glob("*.mp4")) == ["one.mp4", "two.mp4"]
 
 
+def test_parts_make_all_videos_and_one_manifest(run, photo, tmp_path):
+    rows = [{"name": f"n{i}", "prompt": "A woman img smiles", "photos": [str(photo)]} for i in range(3)]
+    (tmp_path / "jobs.json").write_text(json.dumps(rows))
+    out = run("--jobs", str(tmp_path / "jobs.json"), "--part", "1/2")
+    assert [file.name for file in out.glob("*.mp4")] == ["n1.mp4"]
+    run("--jobs", str(tmp_path / "jobs.json"), "--part", "0/2")
+    assert [entry["video"] for entry in json.loads((out / "manifest.json").read_text())] == [
+        "n1.mp4",
+        "n0.mp4",
+        "n2.mp4",
+    ]
+
+
+def test_entries_that_many_add_at_once_are_all_kept(tmp_path):
+    def add(number):
+        generate.add_to_manifest(tmp_path / "manifest.json", [{"video": f"{number}.mp4"}])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    entries = json.loads((tmp_path / "manifest.json").read_text())
+    assert sorted(entry["video"] for entry in entries) == sorted(f"{i}.mp4" for i in range(40))
+
+
+def test_a_part_without_jobs_loads_nothing(run, nothing_loads, caplog):
+    caplog.set_level("INFO")
+    run("--prompt", "A woman img smiles", "--part", "3/4")
+    assert "Part 3/4 has no jobs." in caplog.text
+
+
 def test_nobody_in_particular(run):
     out = run("--prompt", "A dog runs", "--face-scale", "0", "--name", "dog", photos=())
     assert (out / "dog.mp4").is_file()
@@ -209,6 +239,8 @@ def nothing_loads(monkeypatch):
         ([], "Nothing to make"),
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "A man", "--num-videos", "0"], "--num-videos=0"),
+        (["--prompt", "A man", "--part", "4/4"], "--part=4/4: give which part, from 0"),
+        (["--prompt", "A man", "--part", "half"], "--part=half: give which part, from 0"),
         (["--prompt", "A man", "--name", "a/b"], "name='a/b' is no file name"),
         (["--prompt", "A man", "--prompt", "A boy", "--name", "he"], "Two jobs have the same name"),
         (["--prompt", "A man", "--photos", "/nowhere.jpg"], "No photo at /nowhere.jpg"),

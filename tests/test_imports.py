@@ -16,6 +16,7 @@ FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning", "hydra", "om
 MAY_IMPORT = {
     "types": set(),
     "checkpoint": set(),
+    "files": set(),
     "media": {"checkpoint"},
     "adapters": {"types"},
     "encoders": {"types"},

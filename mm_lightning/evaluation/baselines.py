@@ -26,7 +26,8 @@ from PIL import Image, ImageOps
 from mm_lightning.backbone import check_frames
 from mm_lightning.credentials import Signing, read_signing
 from mm_lightning.encoders.photos import load_photo
-from mm_lightning.generate import Generator, Job, check_jobs, name_jobs, read_jobs
+from mm_lightning.generate import Generator
+from mm_lightning.jobs import Job, check_jobs, name_jobs, read_jobs
 
 METHODS: dict[str, type[DiffusionPipeline]] = {
     "cogvideox": CogVideoXPipeline,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".png", ".jpg", ".jpeg")
-FIELDS = ("video", "prompt", "references", "identity", "group")
 EXAMPLE = '[{"video": "her.mp4", "prompt": "A woman smiles", "references": ["her.jpg"]}]'
 
 
@@ -26,6 +25,7 @@ class Entry(NamedTuple):
     references: tuple[Path, ...]
     identity: str  # whose photos these are; the first photo's path where nobody says
     group: str  # such as elderly woman; empty where nobody says
+    face_enhanced: bool = False  # the prompt asks for the face: similarity is judged on these
 
 
 def read_manifest(path: str | Path) -> list[Entry]:
@@ -78,7 +78,11 @@ def make_entry(row: Any, file: Path, number: int) -> Entry:
     if missing:
         raise FileNotFoundError(f"{where}: no file at {missing[0]}.")
     identity = row.get("identity") or references[0].as_posix()
-    return Entry(video, str(row["prompt"]), references, str(identity), str(row.get("group") or ""))
+    enhanced = str(row.get("face_enhanced") or False).lower()
+    if enhanced not in ("true", "false"):
+        raise ValueError(f"{where}: face_enhanced is {row['face_enhanced']!r}, neither true nor false.")
+    group = str(row.get("group") or "")
+    return Entry(video, str(row["prompt"]), references, str(identity), group, enhanced == "true")
 
 
 def listed(references: str | Sequence[str]) -> list[str]:

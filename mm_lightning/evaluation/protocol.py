@@ -9,8 +9,8 @@ FOLDER holds GROUP/NAME/*.jpg: groups as in conf/evaluate/protocol.yaml, photos 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mm_lightning.checkpoint import replace_path
 from mm_lightning.config import short_errors
+from mm_lightning.evaluation.vbench import NEUTRAL, Prompt, read_prompts
+from mm_lightning.files import write_json
 
 logger = logging.getLogger("mm_lightning.evaluation.protocol")
 
@@ -66,8 +67,12 @@ def plan(
     single: Sequence[str],
     action: Sequence[str],
     seeds: Sequence[int],
+    vbench: Sequence[Prompt] = (),
 ) -> list[dict[str, Any]]:
     """Jobs: each person by its group's prompts; the other prompts with one person each, in turn.
+
+    Args:
+        vbench: prompts whose word for the person says whom they suit; those that suit nobody are left out.
 
     Raises:
         ValueError: fewer prompts than asked for.
@@ -81,13 +86,42 @@ def plan(
         chosen += [(person, prompt, "group") for prompt in groups[person.group][:prompts_per_person]]
     for kind, prompts in (("single", single), ("action", action)):
         chosen += [(person, prompt, kind) for prompt, person in zip(prompts, itertools.cycle(people), strict=False)]
+    chosen += assign(vbench, people)
     return [make_job(i, *shot, seed) for i, shot in enumerate(chosen) for seed in seeds]
+
+
+def assign(prompts: Sequence[Prompt], people: Sequence[Identity]) -> list[tuple[Identity, str, str]]:
+    """Each prompt with the person it suits who has had the fewest: a woman's with a woman, a person's with anybody."""
+    chosen: list[tuple[Identity, str, str]] = []
+    counts = dict.fromkeys((person.name for person in people), 0)
+    for prompt in prompts:
+        suited = [p for p in people if prompt.word in NEUTRAL or prompt.word == p.group.split()[-1]]
+        if suited:
+            person = min(suited, key=lambda person: counts[person.name])
+            counts[person.name] += 1
+            chosen.append((person, prompt.template, "vbench"))
+    if len(chosen) < len(prompts):
+        logger.warning("%d of VBench's %d prompts suit nobody here", len(prompts) - len(chosen), len(prompts))
+    return chosen
+
+
+def fill(template: str, word: str) -> str:
+    """'A {person}' -> 'A man img', 'An elderly man img'."""
+    if word[0] in "aeiou":
+        template = re.sub(r"\b([Aa]) (?=\{person\})", r"\1n ", template)
+    return template.format(person=f"{word} {TRIGGER}")
+
+
+def with_close_ups(jobs: Sequence[dict[str, Any]], phrase: str) -> list[dict[str, Any]]:
+    """Each job, and a copy whose prompt asks for the face, by which the similarity is judged."""
+    copies = [{"name": f"{job['name']}-face", "prompt": job["prompt"] + phrase, "face_enhanced": True} for job in jobs]
+    return [made for job, copy in zip(jobs, copies, strict=True) for made in (job, job | copy)]
 
 
 def make_job(number: int, person: Identity, prompt: str, kind: str, seed: int) -> dict[str, Any]:
     """As `mm_lightning.generate --jobs` reads it."""
     name = f"{number:03d}-{kind}-{person.name.replace('/', '-').replace(' ', '_')}-{seed}"
-    job = {"name": name, "prompt": prompt.format(person=f"{person.group} {TRIGGER}"), "seed": seed}
+    job = {"name": name, "prompt": fill(prompt, person.group), "seed": seed}
     photos = [photo.absolute().as_posix() for photo in person.photos]
     return job | {"photos": photos, "identity": person.name, "group": person.group}
 
@@ -99,12 +133,12 @@ def main(cfg: DictConfig) -> None:
             raise ValueError("Give people=FOLDER, with GROUP/NAME/*.jpg inside.")
         people = find_people(Path(cfg.people), list(cfg.groups))
         prompts = (cfg.single[: cfg.num_single], cfg.action[: cfg.num_action])
-        jobs = plan(people, cfg.groups, cfg.prompts_per_person, *prompts, cfg.seeds)
+        vbench = [] if cfg.vbench is None else read_prompts(Path(cfg.vbench), cfg.vbench_dimensions)
+        jobs = plan(people, cfg.groups, cfg.prompts_per_person, *prompts, cfg.seeds, vbench)
         out = Path(cfg.out)
-        partial = out.with_name(f".{out.name}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(jobs, indent=1, ensure_ascii=False) + "\n")
-        replace_path(partial, out)
+        if cfg.face_enhanced:
+            jobs = with_close_ups(jobs, cfg.face_phrase)
+        write_json(out, jobs, sort_keys=False)
         logger.info("%d videos of %d people: %s", len(jobs), len(people), out)
 
 

@@ -1,4 +1,4 @@
-"""Figures that the paper published (MagicMirror, ICCV 2025): main table and success rates, made elsewhere.
+"""Figures that the paper published (MagicMirror, ICCV 2025): tables and success rates, made elsewhere.
 
 Other people, other prompts, other seeds, and a detector that may differ: they say where a figure should lie, not who
 is ahead.
@@ -20,8 +20,32 @@ SUCCESS_RATES = {
     "ConsisID": (38.5, 73.5, 89.5, 74.5),
     "MagicMirror": (44.0, 75.5, 98.0, 81.0),
 }
+# row's letter -> figures
+ABLATION_COLUMNS = ("text", "fm_inter", "similarity")
+ABLATION = {
+    "A": (0.238, 0.572, 0.865),
+    "B": (0.240, 0.584, 0.869),
+    "C": (0.239, 0.654, 0.870),
+    "D": (0.241, 0.563, 0.872),
+    "E": (0.242, 0.696, 0.875),
+    "F": (0.236, 0.568, 0.886),
+    "G": (0.241, 0.559, 0.883),
+    "full": (0.240, 0.665, 0.911),
+}
+# one A800, 49 frames of 480x720: GiB, billions of parameters with T5 and VAE, seconds
+COST = {
+    "CogVideoX-5B": (24.9, 10.5, 204),
+    "CogVideoX-I2V": (25.9, 10.6, 213),
+    "ConsisID": (41.5, 11.1, 213),
+    "MagicMirror": (28.6, 12.8, 209),
+}
 
 
 def published_rows() -> dict[str, dict[str, float]]:
     """Model -> figure -> value."""
     return {model: dict(zip(COLUMNS, values, strict=True)) for model, values in MAIN_TABLE.items()}
+
+
+def published_ablation() -> dict[str, dict[str, float]]:
+    """Row's letter, or full -> figure -> value."""
+    return {row: dict(zip(ABLATION_COLUMNS, values, strict=True)) for row, values in ABLATION.items()}

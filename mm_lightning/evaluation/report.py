@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from mm_lightning.evaluation.published import SOURCE, SUCCESS_RATES, published_rows
+from mm_lightning.evaluation.published import COST, SOURCE, SUCCESS_RATES, published_rows
 from mm_lightning.evaluation.summary import Estimate
 
 COLOURS = ("#3b7d6b", "#d9773f", "#6a7fc1", "#b0569a", "#8a7a2f", "#4a90a4")
@@ -60,6 +60,24 @@ class Figure(NamedTuple):
     digits: int = 3
 
 
+FIGURES = (
+    Figure("similarity", "ID similarity", 1),
+    Figure("distance", "ID distance", -1),
+    Figure("decay", "decay", -1),
+    Figure("face_found", "face found", 1),
+    Figure("top1", "top-1", 1),
+    Figure("top5", "top-5", 1),
+    Figure("fm_ref", "FM_ref", 1),
+    Figure("fm_inter", "FM_inter", 1),
+    Figure("dynamic_degree", "dynamic degree", 1),
+    Figure("smoothness", "smoothness", -1),
+    Figure("colour_drift", "colour drift", -1),
+    Figure("text", "text", 1),
+    Figure("inception_score", "inception score", 1, 2),
+)
+ARROWS = {1: " ↑", -1: " ↓", 0: ""}
+
+
 def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], figures: Sequence[Figure]) -> str:
     """The page.
 
@@ -82,20 +100,37 @@ def render(results: dict[str, Any], estimates: dict[str, dict[str, Estimate]], f
         f'<h2>Figures</h2><div class="card wide">{main_table(estimates, figures)}</div>',
         '<p class="soft">Means over videos; small, 95 % intervals by resampling people. A figure that is unknown for a '
         f"video (no face) is left out of its mean and counted. Grey rows: {escape(SOURCE)}.</p>",
+        enhanced_note(results["clips"]),
         f'<h2>Success rates</h2><div class="card wide">{success_table(results["success_rates"])}</div>',
+        cost_section(results["cost"]) if "cost" in results else "",
         f"<h2>Charts</h2><p>{keys}</p><div class='charts'>{cards}</div>",
         '<p class="soft">Right: a clip at the top left is as like its reference as can be and does not move: the '
         "photo was copied. Every dot is a video.</p>",
         f"<h2>Videos</h2>{gallery(results['clips'], figures, methods)}",
     ]
-    return page("".join(parts))
+    return page("".join(parts), "Evaluation", SCRIPT)
 
 
-def page(body: str) -> str:
+def enhanced_note(clips: Sequence[dict[str, Any]]) -> str:
+    """Where prompts of some videos ask for the face, which figures come from them."""
+    told = []
+    for method in dict.fromkeys(clip["method"] for clip in clips):
+        kinds = [bool(clip["face_enhanced"]) for clip in clips if clip["method"] == method]
+        if len(set(kinds)) == 2:
+            told.append(f"{method}: {sum(kinds)} of {len(kinds)} videos")
+    if not told:
+        return ""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
+        '<p class="soft">Similarity, distance, decay, ranks and the identity check are those of videos whose prompt '
+        f"asks for the face ({escape('; '.join(told))}); all else is that of the others.</p>"
+    )
+
+
+def page(body: str, title: str, script: str = "") -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f'<meta name="viewport" content="width=device-width"></head><body><main>{body}</main>'
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
@@ -107,8 +142,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def main_table(estimates: dict[str, dict[str, Estimate]], figures: Sequence[Figure]) -> str:
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
-    head = "".join(f"<th>{escape(figure.title)}{arrows[figure.better]}</th>" for figure in figures)
+    head = "".join(f"<th>{escape(figure.title)}{ARROWS[figure.better]}</th>" for figure in figures)
     rows = [f"<tr><td>{escape(method)}</td>{cells(found, figures)}</tr>" for method, found in estimates.items()]
     for model, values in published_rows().items():
         told = "".join(f"<td>{number(values.get(figure.name), figure.digits)}</td>" for figure in figures)
@@ -147,6 +181,33 @@ def success_table(rates: dict[str, dict[str, float | None]]) -> str:
 
 def percent(share: float | None) -> str:
     return "–" if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def cost_section(cost: dict[str, Any]) -> str:
+    """Seconds, parameters and memory, as `mm_lightning.evaluation.cost` holds them."""
+    told = ", ".join(f"{name} {value}" for name, value in cost["settings"].items())
+    return (
+        f'<h2>Cost of a video</h2><div class="card wide">{cost_table(cost["rows"])}</div>'
+        f'<p class="soft">{escape(cost["machine"])}; {escape(told)}. All rows by one run with the same weights in '
+        "memory, the face's too; memory is the GPU's, or the whole process's where there is none. Grey rows: "
+        f"{escape(SOURCE)}, one A800, 49 frames of 480x720.</p>"
+    )
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> str:
+    first = rows[0]["seconds"]
+    head = "<tr><th></th><th>seconds</th><th>times</th><th>parameters</th><th>peak memory</th></tr>"
+    lines = []
+    for row in rows:
+        small = f"<small>spread {number(row['spread'], 2)}</small>"
+        cells = (f"{number(row['seconds'], 2)}{small}", number(row["seconds"] / first), f"{row['parameters']:,}")
+        told = "".join(f"<td>{cell}</td>" for cell in (*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB"))
+        lines.append(f"<tr><td>{escape(row['name'])}</td>{told}</tr>")
+    for model, (memory, parameters, seconds) in COST.items():
+        cells = (str(seconds), "", f"{parameters}B", f"{memory} GiB")
+        told = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f'<tr class="published"><td>{escape(model)} (paper)</td>{told}</tr>')
+    return f"<table>{head}{''.join(lines)}</table>"
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,37 @@ def split_scores(probabilities: Tensor, splits: int) -> Tensor:
     splits = min(splits, num_pictures)
     parts = probabilities.tensor_split([i * num_pictures // splits for i in range(1, splits)])
     return torch.stack([inception_score(part) for part in parts])
+
+
+class ScriptedClassifier(nn.Module):
+    """A classifier in a TorchScript file (`torch.jit.save`), such as InceptionV3, for `InceptionScore`.
+
+    Args:
+        file: its forward takes pictures (N, 3, S, S) and gives (N, K).
+        size: S; pictures are resized to it. None leaves theirs.
+        pixels: what it takes black and white for; [0, 255] is that of TensorFlow's Inception.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no TorchScript.
+    """
+
+    def __init__(self, file: str | Path, size: int | None = 299, pixels: Sequence[float] = (0.0, 255.0)) -> None:
+        super().__init__()
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"No classifier at {file}.")
+        try:
+            self.network = torch.jit.load(str(file), map_location="cpu")
+        except RuntimeError as error:
+            raise ValueError(f"{file} is no TorchScript file (of torch.jit.save).") from error
+        self.size, (self.black, self.white) = size, pixels
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, K)."""
+        if self.size is not None:
+            sizes = {"size": (self.size, self.size), "mode": "bilinear", "antialias": True}
+            pictures = nn.functional.interpolate(pictures, **sizes)
+        return self.network((pictures + 1) / 2 * (self.white - self.black) + self.black)
 
 
 class InceptionScore(PlottedMetric):
@@ -73,13 +105,22 @@ class InceptionScore(PlottedMetric):
         Raises:
             ValueError: another video, or a classifier that does not give what `from_logits` says.
         """
+        probabilities = self.classify(video)
+        self.num_classes.fill_(probabilities.shape[1])
+        self.probabilities.append(probabilities.to(self.device, self.dtype).flatten())
+
+    @torch.no_grad()
+    def classify(self, video: Tensor) -> Tensor:
+        """(B, F, 3, H, W) in [-1, 1] -> (B * F, K), rows that sum to 1. Raises what `update` raises."""
         check_video(video)
         if isinstance(self.classifier, nn.Module):
             self.classifier.eval()
-        for pictures in video.flatten(0, 1).split(self.batch_size):
-            probabilities = self._checked(self.classifier(pictures), len(pictures))
-            self.num_classes.fill_(probabilities.shape[1])
-            self.probabilities.append(probabilities.to(self.device, self.dtype).flatten())
+        parts = video.flatten(0, 1).split(self.batch_size)
+        return torch.cat([self._checked(self.classifier(pictures), len(pictures)) for pictures in parts])
+
+    def score(self, probabilities: Tensor) -> Tensor:
+        """(N, K) of pictures that have been classified -> scalar."""
+        return split_scores(probabilities.double(), self.splits).mean().to(self.dtype)
 
     def _checked(self, outputs: Tensor, num_pictures: int) -> Tensor:
         if outputs.ndim != 2 or len(outputs) != num_pictures or int(self.num_classes) not in (0, outputs.shape[1]):
@@ -99,4 +140,4 @@ class InceptionScore(PlottedMetric):
         flat = self.gather("probabilities")
         if len(flat) == 0:
             return flat.new_tensor(torch.nan)
-        return split_scores(flat.reshape(-1, int(self.num_classes)).double(), self.splits).mean().to(self.dtype)
+        return self.score(flat.reshape(-1, int(self.num_classes)))

@@ -35,11 +35,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from mm_lightning.config import register_resolvers
+from mm_lightning.files import write_json
 from mm_lightning.miniature.layout import SETTINGS_NAME, SPLITS, WorldSettings, read_samples
 from mm_lightning.miniature.packing import ASSETS as PEOPLE_ASSETS
 from mm_lightning.miniature.packing import is_finished, read_settings, require_people
 from mm_lightning.miniature.sampling import CONF
-from mm_lightning.prepare.shards import ShardWriter, write_json
+from mm_lightning.prepare.shards import ShardWriter
 
 logger = logging.getLogger(__name__)
 

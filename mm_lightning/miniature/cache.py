@@ -36,9 +36,10 @@ from mm_lightning.encoders.face import check_vision, clip_pixel_values, load_vis
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
+from mm_lightning.files import write_json
 from mm_lightning.miniature.layout import KINDS, SPLITS, StoredSample, read_index, read_tar, set_digest
 from mm_lightning.miniature.queries import RECOGNIZER, Queries, load_queries
-from mm_lightning.prepare.shards import INDEX_NAME, OFFSETS_SUFFIX, TarWriter, to_bytes, write_json
+from mm_lightning.prepare.shards import INDEX_NAME, OFFSETS_SUFFIX, TarWriter, to_bytes
 from mm_lightning.prepare.stages.cache import PARTS, describe_cache, describe_recognizer, shown
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors.torch import load_file, save_file
 
 from mm_lightning.checkpoint import remove_path, replace_path
+from mm_lightning.files import write_bytes
 from mm_lightning.miniature.judge import judge_folder_of
 from mm_lightning.miniature.packing import read_settings
 from mm_lightning.miniature.table import ASSETS
-from mm_lightning.prepare.shards import write_bytes
 
 if TYPE_CHECKING:
     from mm_lightning.miniature.build import Settings

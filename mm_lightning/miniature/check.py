@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from mm_lightning.encoders.detector import DetectedFace, DlibFaceDetector
+from mm_lightning.files import write_bytes
 from mm_lightning.miniature.detection import detect, enlarge
 from mm_lightning.miniature.layout import SPLITS, StoredSample, decode_clip, decode_still, read_samples
 from mm_lightning.miniature.queries import QUERIES_NAME, load_queries
-from mm_lightning.prepare.shards import write_bytes
 
 FOUND_BAR, AUC_BAR, NEAREST_BAR = 0.99, 0.995, 0.97
 # Pixels to which a still is enlarged, one after the other until a face is found: dlib's own scales lie a factor of 1.2

@@ -13,30 +13,26 @@ import io
 import json
 import logging
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-
+from mm_lightning.evaluation.ablation import (
+    Cell,
+    Run,
+    by_row,
+    find_runs,
+    is_current,
+    read_settings,
+    row_name,
+    summarize,
+    without_nan,
+)
+from mm_lightning.files import write_bytes, write_json
 from mm_lightning.miniature import table as one_table
-from mm_lightning.prepare.shards import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
-# (text branch, face tokens, equation 6, equation 7, pre-trained) -> row of the paper's Table 3
-PAPER_ROWS = {
-    (True, False, False, False, False): "A identity branch",
-    (False, True, False, False, False): "B structure branch",
-    (True, True, False, False, False): "C both branches",
-    (False, True, True, False, False): "D face modulation",
-    (True, False, False, True, False): "E CAN",
-    (True, True, False, False, True): "F without CAN",
-    (True, True, True, True, False): "G without pre-training, videos alone",
-    (True, True, True, True, True): "full",
-}
-PICTURES = "pictures alone"  # stage 1 by itself
 FIGURES = {
     "top1": "identified, top-1",
     "margin": "similarity, own - others",
@@ -48,78 +44,7 @@ CONVERGENCE = ("full", "F without CAN")
 CURVE_TAG = "val/loss/velocity"
 
 
-class Run(NamedTuple):
-    """One finished training."""
-
-    folder: Path
-    row: str
-    seed: int
-    figures: dict[str, float]  # of FIGURES; NaN where unknown
-
-
-class Cell(NamedTuple):
-    """A figure over seeds."""
-
-    mean: float
-    spread: float  # standard deviation over seeds, NaN for one
-    count: int
-
-    def __str__(self) -> str:
-        if self.count == 0:
-            return "-"
-        return f"{self.mean:.3f}" if self.count == 1 else f"{self.mean:.3f} ± {self.spread:.3f}"
-
-
 # Runs -----------------------------------------------------------------------------------------------------------------
-
-
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Folders with an adapter and the hyper-parameters that it was trained with.
-
-    Raises:
-        FileNotFoundError: there is none below one of `folders`.
-    """
-    found: dict[Path, None] = {}
-    for folder in folders:
-        runs = [file.parents[1] for file in sorted(folder.glob("**/tensorboard/hparams.yaml"))]
-        runs = [run.resolve() for run in runs if (run / "adapter/config.json").is_file()]
-        if not runs:
-            raise FileNotFoundError(
-                f"No finished run below {folder}: `python train.py --multirun experiment=miniature_ablation ...` makes "
-                "some, see the head of conf/experiment/miniature_ablation.yaml."
-            )
-        found |= dict.fromkeys(runs)
-    return list(found)
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """{"model.adapter.face_norm": "adaptive", ...}"""
-    return yaml.safe_load((run / "tensorboard/hparams.yaml").read_text())
-
-
-def row_name(settings: dict[str, Any]) -> str | None:
-    """Row of the table by what was trained; None for a stage 1 that is only a row's beginning."""
-    face = settings["model.adapter.face_attention"] != "none"
-    parts = (
-        not settings["model.fusion._target_"].endswith("NullFusion"),
-        face,
-        face and settings["model.adapter.face_norm"] == "adaptive",
-        settings["model.adapter.conditioned_norm"] != "none",
-        str(settings["model.init_adapter"]) != "None",
-    )
-    losses = missing_losses(settings)
-    if "image" in settings["data._target_"]:
-        return PICTURES if all(parts[:4]) and not losses else None
-    return ", ".join([PAPER_ROWS.get(parts, "another"), *losses])
-
-
-def missing_losses(settings: dict[str, Any]) -> list[str]:
-    missing = []
-    if settings["model.loss.identity._target_"].endswith("NullIdentityLoss"):
-        missing.append("no identity loss")
-    if settings["model.loss.diffusion.region._target_"].endswith("WholeFrame"):
-        missing.append("no face-region loss")
-    return missing
 
 
 def gather(runs: Sequence[Path], judge: Callable[[Path], dict[str, Any]]) -> list[Run]:
@@ -138,28 +63,7 @@ def gather(runs: Sequence[Path], judge: Callable[[Path], dict[str, Any]]) -> lis
     return gathered
 
 
-def is_current(run: Path, results: Path) -> bool:
-    adapter = run / "adapter/adapter.safetensors"
-    return results.is_file() and results.stat().st_mtime >= adapter.stat().st_mtime
-
-
 # Table ----------------------------------------------------------------------------------------------------------------
-
-
-def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Rows in the paper's order, then the others."""
-    others = sorted({run.row for run in runs} - set(PAPER_ROWS.values()))
-    names = [row for row in PAPER_ROWS.values() if any(run.row == row for run in runs)] + others
-    return {name: [run for run in runs if run.row == name] for name in names}
-
-
-def summarize(runs: Sequence[Run], name: str) -> Cell:
-    """Mean and standard deviation over the runs in which the figure is known."""
-    values = [run.figures[name] for run in runs if not math.isnan(run.figures[name])]
-    if not values:
-        return Cell(math.nan, math.nan, 0)
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return Cell(statistics.fmean(values), spread, len(values))
 
 
 def format_table(rows: dict[str, list[Run]]) -> str:
@@ -267,13 +171,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(options.out / "ablations.json", without_nan(cells))
     print(text)
     print(f"Table, plot and figures: {options.out}")
-
-
-def without_nan(value: Any) -> Any:
-    """NaN, which JSON does not know, becomes null."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

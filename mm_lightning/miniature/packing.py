@@ -20,18 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mm_lightning.files import temporary_path, write_bytes, write_json
 from mm_lightning.miniature.layout import KINDS, SETTINGS_NAME, SPLITS, read_index
 from mm_lightning.miniature.queries import QUERIES_NAME, load_queries
-from mm_lightning.prepare.shards import (
-    INDEX_NAME,
-    OFFSETS_SUFFIX,
-    damaged_shards,
-    offsets_text,
-    stored_size,
-    temporary_path,
-    write_bytes,
-    write_json,
-)
+from mm_lightning.prepare.shards import INDEX_NAME, OFFSETS_SUFFIX, damaged_shards, offsets_text, stored_size
 
 logger = logging.getLogger(__name__)
 

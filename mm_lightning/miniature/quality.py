@@ -30,6 +30,7 @@ from tqdm import tqdm
 from mm_lightning.backbone import Backbone
 from mm_lightning.encoders.recognizer import FaceRecognizer, load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
+from mm_lightning.files import write_bytes, write_json
 from mm_lightning.media import SheetRow, contact_sheet, to_uint8, write_jpeg
 from mm_lightning.miniature import figures
 from mm_lightning.miniature.data import Items, load_split, to_float
@@ -40,7 +41,6 @@ from mm_lightning.miniature.sampling import fingerprint
 from mm_lightning.miniature.sheet import DISCLOSURE
 from mm_lightning.miniature.table import ASSETS, Cache, find_device
 from mm_lightning.module import sample_generators
-from mm_lightning.prepare.shards import write_bytes, write_json
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
 from mm_lightning.types import IdentityCondition
 

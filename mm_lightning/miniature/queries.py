@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import DLIB_STATISTICS, FaceRecognizer, load_recognizer
+from mm_lightning.files import write_bytes
 from mm_lightning.miniature.layout import SPLITS, StoredSample, decode_still, read_samples, set_digest
-from mm_lightning.prepare.shards import write_bytes
 
 QUERIES_NAME = "queries.safetensors"
 PARTIAL_SUFFIX = ".partial"

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from mm_lightning.adapters.weights import read_adapter_config
 from mm_lightning.encoders.recognizer import load_recognizer
+from mm_lightning.files import write_bytes, write_json
 from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, to_uint8, write_jpeg
 from mm_lightning.miniature import figures
 from mm_lightning.miniature.judge import Judge, judge_folder_of
@@ -51,7 +52,6 @@ from mm_lightning.miniature.sampling import (
     split_references,
 )
 from mm_lightning.miniature.sheet import DISCLOSURE, log_pictures
-from mm_lightning.prepare.shards import write_bytes, write_json
 
 REAL, FULL, ALONE = "real clips", "full model", "backbone alone"
 ASSETS = Path("mm_lightning/miniature/assets")

@@ -34,12 +34,13 @@ import torch
 from tqdm import tqdm
 
 from mm_lightning.encoders.recognizer import DLIB_STATISTICS
+from mm_lightning.files import write_bytes, write_json
 from mm_lightning.miniature.filming import person_samples
 from mm_lightning.miniature.layout import KINDS, SETTINGS_NAME, WorldSettings, read_tar
 from mm_lightning.miniature.packing import ASSETS, pack, require_people, unpack
 from mm_lightning.miniature.people import sample_person
 from mm_lightning.miniature.queries import embed_people, write_statistics
-from mm_lightning.prepare.shards import ShardWriter, write_bytes, write_json
+from mm_lightning.prepare.shards import ShardWriter
 
 if TYPE_CHECKING:
     from mm_lightning.miniature.render import Renderer

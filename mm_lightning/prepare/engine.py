@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mm_lightning.files import write_json
 from mm_lightning.prepare.report import PAGE_NAME, Report, without_picture, write_report
 from mm_lightning.prepare.sample import Rejected
-from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter, write_json
+from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter
 from mm_lightning.prepare.sources import Chunk, Source
 from mm_lightning.prepare.watch import TooManyErrorsError, Watch, progress_bar
 from mm_lightning.prepare.work import WorkFolder, library_versions, locked

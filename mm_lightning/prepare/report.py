@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm_lightning.files import write_bytes
 from mm_lightning.prepare.report_html import render
-from mm_lightning.prepare.shards import write_bytes
 from mm_lightning.prepare.worker import FINISH, StageCount
 
 REPORT_NAME = "report.json"

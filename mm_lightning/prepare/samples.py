@@ -26,7 +26,8 @@ from PIL import Image
 from rich.progress import Progress
 
 from mm_lightning.encoders.detector import DetectedFace, DlibFaceDetector, cosine
-from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter, damaged_shards, write_json
+from mm_lightning.files import write_json
+from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter, damaged_shards
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ import hashlib
 import io
 import json
 import os
-import socket
 import tarfile
 import zlib
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
+
+from mm_lightning.files import temporary_path, write_bytes, write_json
 
 INDEX_NAME = "index.json"
 KINDS = ("image", "video")
@@ -202,26 +203,6 @@ def to_bytes(value: bytes | str | dict) -> bytes:
     if isinstance(value, dict):
         value = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return value.encode() if isinstance(value, str) else value
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes beside the target, then renames: a reader sees the old file or the whole new one."""
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def temporary_path(path: Path) -> Path:
-    """Beside `path`, and another one for each process that writes."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def _digest(path: Path) -> str | None:

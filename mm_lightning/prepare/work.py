@@ -13,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mm_lightning.prepare.shards import TarWriter, write_bytes
+from mm_lightning.files import write_bytes
+from mm_lightning.prepare.shards import TarWriter
 from mm_lightning.prepare.sources import Chunk
 from mm_lightning.prepare.worker import ItemResult, StageCount, pack_summary
 

@@ -64,5 +64,5 @@ def test_end_only_by_default(tmp_path: Path) -> None:
 
 
 def test_wrong_interval() -> None:
-    with pytest.raises(ValueError, match="every_n_steps is -1"):
+    with pytest.raises(ValueError, match="every_n_steps=-1: give 0"):
         AdapterCheckpoint("adapter", every_n_steps=-1)

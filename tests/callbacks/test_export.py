@@ -44,5 +44,5 @@ def test_other_parts_stay(tmp_path: Path) -> None:
 
 
 def test_wrong_interval() -> None:
-    with pytest.raises(ValueError, match="every_n_steps is -1"):
+    with pytest.raises(ValueError, match="every_n_steps=-1: give 0"):
         ModelExport("model", every_n_steps=-1)

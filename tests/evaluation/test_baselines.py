@@ -19,7 +19,7 @@ from PIL import Image
 from mm_lightning.evaluation.baselines import Baseline, first_frame, main
 from mm_lightning.evaluation.clips import read_clip
 from mm_lightning.evaluation.manifest import read_manifest
-from mm_lightning.generate import Job
+from mm_lightning.jobs import Job
 
 FAST = ["--num-inference-steps", "2", "--height", "32", "--width", "32", "--dtype", "float32", "--device", "cpu"]
 

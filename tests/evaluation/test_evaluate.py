@@ -3,21 +3,34 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import av
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from torch import nn
 
-from mm_lightning.evaluate import run
+from mm_lightning.config import UserError, short_errors
+from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.evaluate import judge_part, part_of, run
 from mm_lightning.evaluation.clips import read_clip
+from mm_lightning.evaluation.cost import Cost, CostRow, write_cost
+from mm_lightning.evaluation.judge import Judge
+from mm_lightning.evaluation.manifest import read_manifest
 from mm_lightning.media import encode_gif, write_mp4
 from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
+
+DLIB = "detector=dlib"
+SCORE = "mm_lightning.metrics.inception_score"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +69,7 @@ def run_here(*overrides):
 @pytest.fixture(scope="module")
 def out(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation")
-    done = evaluate(f"+videos.real={videos}", f"out={out}", f"hydra.run.dir={out}/log", "detector=dlib")
+    done = evaluate(f"+videos.real={videos}", f"out={out}", f"hydra.run.dir={out}/log", DLIB)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -135,9 +148,171 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
     moved.mkdir()
     for file in videos.iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
-    run_here(f"+videos.real={moved}", f"out={tmp_path}/new", f"cache={out}/judged", "detector=dlib")
+    run_here(f"+videos.real={moved}", f"out={tmp_path}/new", f"cache={out}/judged", DLIB)
     assert {file: file.stat().st_mtime_ns for file in (out / "judged").rglob("*")} == before
     assert json.loads((tmp_path / "new/results.json").read_text())["methods"] == results["methods"]
+
+
+# Parts that run side by side
+
+
+def test_parts_are_judged_at_the_same_time_and_a_plain_run_finishes(videos, out, tmp_path):
+    """Two processes of Hydra's joblib launcher; the plain run is the command that they name."""
+    given = [f"+videos.real={videos}", f"out={tmp_path}/new", "detector=dlib"]
+    launcher = ["--multirun", "part=0,1", "num_parts=2", "hydra/launcher=joblib", f"hydra.sweep.dir={tmp_path}/log"]
+    done = evaluate(*launcher, *given)
+    assert done.returncode == 0, done.stderr
+    judged = {folder.name: folder.stat().st_mtime_ns for folder in (tmp_path / "new/judged").iterdir()}
+    assert set(judged) == {folder.name for folder in (out / "judged").iterdir()}
+    assert not list((tmp_path / "new").glob("re*"))
+    said = "".join(file.read_text() for file in (tmp_path / "log").rglob("*.log"))
+    for part in (0, 1):
+        assert f"Part {part} of 2: 2 videos judged into {tmp_path}/new/judged, no report yet." in said
+    (command,) = set(re.findall("After all parts: (.*)", said))
+    assert shlex.split(command)[:3] == ["python", "-m", "mm_lightning.evaluate"]
+    run_here(*shlex.split(command)[3:])
+    assert {folder.name: folder.stat().st_mtime_ns for folder in (tmp_path / "new/judged").iterdir()} == judged
+    methods = [json.loads((folder / "results.json").read_text())["methods"] for folder in (out, tmp_path / "new")]
+    assert methods[0] == methods[1]
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 7, 20])
+def test_every_video_is_in_one_part(videos, num_parts):
+    entries = read_manifest(videos)
+    methods = {"a": entries, "b": entries[:3], "c": []}
+    parts = [part_of(methods, part, num_parts) for part in range(num_parts)]
+    assert sorted(chain.from_iterable(parts)) == sorted([*entries, *entries[:3]])
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_video_that_two_parts_judge_at_once_is_kept_once_and_whole(videos, tmp_path):
+    (entry,) = [entry for entry in read_manifest(videos) if entry.video.name == "own.gif"]
+    judges = [Judge(FaceReader("dlib", "dlib"), tmp_path / "judged") for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda judge: judge(entry), judges)
+    assert torch.equal(one.faces.embeddings, other.faces.embeddings)
+    [folder] = (tmp_path / "judged").iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    judges[0].judge(entry, folder)  # as one that had begun before the other was done
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    (folder / "values.json").unlink()
+    assert judges[0](entry).info == one.info
+    assert [path.name for path in (tmp_path / "judged").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["part=4", "num_parts=4"], "part=4 of num_parts=4: give whole numbers, part from 0 to num_parts - 1"),
+        (["part=-1", "num_parts=4"], "part=-1 of num_parts=4"),
+        (["part=a", "num_parts=4"], "part=a of num_parts=4"),
+        (["part=0", "num_parts=0"], "part=0 of num_parts=0"),
+    ],
+)
+def test_parts_that_there_are_not(videos, tmp_path, arguments, message):
+    with initialize_config_dir(str(ROOT / "conf/evaluate"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"+videos.a={videos}", f"out={tmp_path}/o", "detector=absent", *arguments])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        judge_part(cfg)
+
+
+# Prompts that ask for the face
+
+
+def test_similarity_comes_from_prompts_that_ask_for_the_face_and_all_else_from_the_others(videos, out, clips, tmp_path):
+    entries = json.loads((videos / "manifest.json").read_text())
+    for entry in entries:
+        entry["face_enhanced"] = entry["video"] in ("own.mp4", "grey.mp4")
+    (videos / "enhanced.json").write_text(json.dumps(entries))
+    given = [f"+videos.a={videos}/enhanced.json", f"+videos.b={videos}", f"out={tmp_path}/o", f"cache={out}/judged"]
+    results = run_here(*given, "detector=dlib")
+    own, gif, swapped = (clips[name]["figures"] for name in ("own.mp4", "own.gif", "swapped.mp4"))
+    found = results["methods"]["a"]
+    for name in ("similarity", "distance", "decay"):
+        assert (found[name]["mean"], found[name]["num_videos"]) == (pytest.approx(own[name]), 1)
+        assert found[name]["num_unknown"] == 1
+    assert found["top1"]["mean"] == 0.5
+    for name in ("fm_inter", "fm_ref", "smoothness", "face_found"):
+        assert found[name]["mean"] == pytest.approx((gif[name] + swapped[name]) / 2)
+    rates = results["success_rates"]["a"]
+    assert (rates["identity"], rates["face"]) == (0.5, 1.0)
+    plain = json.loads((out / "results.json").read_text())
+    assert results["methods"]["b"]["similarity"] == plain["methods"]["real"]["similarity"]
+    assert results["success_rates"]["b"] == plain["success_rates"]["real"]
+    assert "a: 2 of 4 videos" in (tmp_path / "o/report.html").read_text()
+    assert "asks for the face" not in (out / "report.html").read_text()
+
+
+# Inception score
+
+
+class Brightness(nn.Module):
+    """Says of a picture from 0 to 255 how bright it is, in four classes."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        level = (pictures.mean(dim=[1, 2, 3]) / 64).long().clamp(0, 3)
+        return nn.functional.one_hot(level, 4).float() * 20
+
+
+def test_inception_score_is_a_figure_of_all_frames(videos, clips, tmp_path):
+    """The score of one-hot classes is exp of the entropy of their shares."""
+    torch.jit.script(Brightness()).save(tmp_path / "classifier.pt")
+    classifier = f"{{_target_: {SCORE}.ScriptedClassifier, file: {tmp_path}/classifier.pt, size: 32, pixels: [0, 255]}}"
+    metric = f"metrics.inception_score={{_target_: {SCORE}.InceptionScore, splits: 1, classifier: {classifier}}}"
+    given = [f"+videos.a={videos}", f"out={tmp_path}/o", "detector=dlib", metric]
+    score = run_here(*given)["methods"]["a"]["inception_score"]
+    frames = [frame for name in clips for frame in read_clip(videos / name).frames]
+    pictures = [torch.from_numpy(frame).movedim(-1, 0)[None].float() for frame in frames]
+    resized = [nn.functional.interpolate(p, size=(32, 32), mode="bilinear", antialias=True) for p in pictures]
+    levels = np.array([float(p.mean()) // 64 for p in resized])
+    shares = np.unique(levels, return_counts=True)[1] / len(levels)
+    assert len(shares) > 1
+    assert score["mean"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), abs=1e-3)
+    assert (score["num_videos"], score["low"]) == (4, None)
+    judged = {file: file.stat().st_mtime_ns for file in (tmp_path / "o/judged").rglob("*")}
+    assert run_here(*given)["methods"]["a"]["inception_score"] == score
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "o/judged").rglob("*")} == judged
+    assert "inception score" in (tmp_path / "o/report.html").read_text()
+
+
+@pytest.mark.parametrize("content", [None, b"no network"])
+def test_a_classifier_that_is_none(videos, tmp_path, content):
+    file = tmp_path / "classifier.pt"
+    if content is not None:
+        file.write_bytes(content)
+    metric = f"{{_target_: {SCORE}.InceptionScore, classifier: {{_target_: {SCORE}.ScriptedClassifier, file: {file}}}}}"
+    with pytest.raises(UserError, match="classifier"), short_errors():
+        run_here(f"+videos.a={videos}", f"out={tmp_path}/o", "detector=dlib", f"metrics.inception_score={metric}")
+
+
+# Cost
+
+
+COST = Cost(
+    "a <machine>",
+    {"num_frames": 49},
+    (CostRow("backbone alone", 200.0, 1.5, 10_500_000_000, 25 * 2**30), CostRow("ours", 205.0, 2.0, 12_800_000_000, 0)),
+)
+
+
+def test_the_cost_stands_in_results_and_report(out, videos, tmp_path):
+    write_cost(tmp_path / "cost.json", COST)
+    run_here(f"+videos.a={videos}", f"cost={tmp_path}/cost.json", f"out={tmp_path}/o", f"cache={out}/judged", DLIB)
+    assert json.loads((tmp_path / "o/results.json").read_text())["cost"] == COST.as_dict()
+    page = (tmp_path / "o/report.html").read_text()
+    rows = dict(re.findall(r"<tr[^>]*><td>([^<]*)</td>(.*?)</tr>", page[page.index("Cost of a video") :]))
+    cells = re.sub("<small>.*?</small>", "", rows["ours"])
+    assert re.findall("<td>(.*?)</td>", cells) == ["205.00", "1.025", "12,800,000,000", "0.00 GiB"]
+    assert re.findall("<td>(.*?)</td>", rows["MagicMirror (paper)"]) == ["209", "", "12.8B", "28.6 GiB"]
+    assert "a &lt;machine&gt;; num_frames 49." in page
+    assert "Cost of a video" not in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"machine": "a", "settings": {}, "rows": []}', '{"rows": [1]}'])
+def test_a_file_that_holds_no_costs(videos, tmp_path, content):
+    (tmp_path / "cost.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cost=.*cost\.json .*mm_lightning\.benchmark generate"):
+        run_here(f"+videos.a={videos}", f"cost={tmp_path}/cost.json", f"out={tmp_path}/o", "detector=absent")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +322,8 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
         (["+videos.ours=/nowhere"], "No manifest at /nowhere"),
         (["+videos.ours={videos}", "detector=absent"], "No face detector 'absent'"),
         (["+videos.ours={videos}", "recognizer=/nowhere"], "/nowhere"),
+        (["+videos.ours={videos}", "num_parts=4"], "num_parts=4 without a part: give part=0"),
+        (["+videos.ours={videos}", "cost=/nowhere.json"], "cost=/nowhere.json is not there"),
         (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
     ],
 )

@@ -28,13 +28,16 @@ def test_json_in_a_folder(folder):
         (folder / "her.jpg", folder / "him.jpg"),
         f"{folder}/her.jpg",
         "woman",
+        False,
     )
 
 
 def test_csv_is_the_same(folder):
-    text = "video,prompt,references,identity\na.mp4,A woman,her.jpg; him.jpg,she\nb.gif,A man,him.jpg,\n"
+    text = "video,prompt,references,identity,face_enhanced\n"
+    text += "a.mp4,A woman,her.jpg; him.jpg,she,True\nb.gif,A man,him.jpg,,\n"
     one, two = read_manifest(write(folder, text, "list.csv"))
     assert (one.references, one.identity) == ((folder / "her.jpg", folder / "him.jpg"), "she")
+    assert (one.face_enhanced, two.face_enhanced) == (True, False)
     assert (two.video.name, two.identity) == ("b.gif", f"{folder}/him.jpg")
 
 
@@ -52,6 +55,7 @@ GOOD = {"video": "a.mp4", "prompt": "A woman", "references": ["her.jpg"]}
         ([{**GOOD, "references": ["absent.jpg"]}], "no file at .*absent.jpg"),
         ([{**GOOD, "references": []}], "references is empty"),
         ([{**GOOD, "video": "her.txt"}], "her.txt ends in none of"),
+        ([{**GOOD, "face_enhanced": "maybe"}], "face_enhanced is 'maybe', neither true nor false"),
         ([GOOD, GOOD], "names a.mp4 twice"),
     ],
 )

@@ -1,15 +1,18 @@
 """The protocol's jobs."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from transformers import AutoTokenizer
 
-from mm_lightning.encoders.text import IDENTITY_ADJECTIVES, IDENTITY_NOUNS
+from mm_lightning.encoders.text import IDENTITY_ADJECTIVES, IDENTITY_NOUNS, IdentityTokenizer
 from mm_lightning.evaluation.protocol import find_people, plan
-from mm_lightning.generate import Job, read_jobs
+from mm_lightning.evaluation.vbench import Prompt, read_prompts
+from mm_lightning.jobs import Job, read_jobs
 from tests.conftest import ROOT
 
 
@@ -48,19 +51,104 @@ def test_everybody_gets_the_groups_prompts_and_the_others_go_round(cfg, people):
     assert all(f"{job['group']} img" in job["prompt"] for job in jobs)
 
 
-def test_the_command_writes_what_generate_reads(people, tmp_path):
+def test_the_command_writes_what_generate_reads(people, vbench, tmp_path):
     command = [sys.executable, "-m", "mm_lightning.evaluation.protocol"]
     options = [f"people={people}", f"out={tmp_path}/jobs.json", "num_single=2", "num_action=0"]
+    options += [f"vbench={vbench}", "face_enhanced=true"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     jobs = read_jobs(tmp_path / "jobs.json", Job("", ()))
-    assert len(jobs) == 14
+    assert len(jobs) == 2 * (14 + 2)
+    assert [job.face_enhanced for job in jobs[:4]] == [False, True, False, True]
+    assert jobs[-2].prompt == "A man img is {clapping}"
+    assert jobs[-1].prompt == "A man img is {clapping}, close-up of the face, looking at the camera"
+    assert len({job.name for job in jobs}) == len(jobs)
     assert jobs[0].photos == (str(people / "man/abel/1.jpg"),)
     assert jobs[0].identity == json.loads((tmp_path / "jobs.json").read_text())[0]["identity"] == "man/abel"
 
 
+# VBench
+
+
+ROWS = [
+    ("A person is riding a bike", ["human_action"]),
+    ("A person is {clapping}", ["human_action", "dynamic_degree"]),
+    ("A person is riding a bike", ["dynamic_degree"]),
+    ("An elderly person and a child are walking", ["human_action"]),
+    ("A person is playing with kids", ["human_action"]),
+    ("A man-made lake, a woman on a bench", ["scene"]),
+    ("A personal computer", ["human_action"]),
+    ("Two people dance", ["human_action"]),
+    ("A Grandmother bakes bread", ["human_action"]),
+]
+
+
+@pytest.fixture
+def vbench(tmp_path):
+    file = tmp_path / "VBench_full_info.json"
+    rows = [{"prompt_en": text, "dimension": names, "auxiliary_info": {}} for text, names in ROWS]
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_prompts_of_one_person_are_those_with_one_class_word(vbench):
+    actions = [Prompt("A {person} is riding a bike", "person"), Prompt("A {person} is {{clapping}}", "person")]
+    grandmother = Prompt("A {person} bakes bread", "grandmother")
+    assert read_prompts(vbench, ["human_action"]) == [*actions, grandmother]
+    assert read_prompts(vbench, ["dynamic_degree"]) == actions[::-1]
+    lake = Prompt("A man-made lake, a {person} on a bench", "woman")
+    assert read_prompts(vbench, None) == [*actions, lake, grandmother]
+
+
+def test_class_words_are_those_that_the_tokenizer_finds(vbench, tiny_folder):
+    tokenizer = IdentityTokenizer(AutoTokenizer.from_pretrained(tiny_folder / "tokenizer"))
+    for prompt in read_prompts(vbench, None):
+        text = prompt.template.format(person=prompt.word)
+        word = tokenizer.find_class_word(text)
+        assert prompt.template[: word.start].replace("{{", "{") == text[: word.start]
+        assert text[word.start : word.end] == prompt.word
+
+
+def test_prompts_go_to_those_whom_they_suit(vbench, people, cfg, caplog):
+    found = find_people(people, list(cfg.groups))
+    jobs = plan(found, cfg.groups, 0, [], [], [0], read_prompts(vbench, None))
+    assert [(job["identity"], job["prompt"]) for job in jobs] == [
+        ("man/abel", "A man img is riding a bike"),
+        ("man/adam", "A man img is {clapping}"),
+        ("elderly woman/eve", "A man-made lake, an elderly woman img on a bench"),
+    ]
+    assert "1 of VBench's 4 prompts suit nobody here" in caplog.text
+
+
+def test_an_article_suits_its_word(people, cfg):
+    jobs = plan(find_people(people, list(cfg.groups)), cfg.groups, 4, cfg.single, cfg.action, [0])
+    prompts = [job["prompt"] for job in jobs if job["group"] == "elderly woman"]
+    assert len(prompts) == 4 + 13 + 13
+    assert not any(re.search(r"\b[Aa] elderly", prompt) for prompt in prompts)
+    assert sum(bool(re.search(r"\b[Aa]n elderly", prompt)) for prompt in prompts) == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("content", "dimensions", "message"),
+    [
+        ("{", None, "is not VBench's VBench_full_info.json"),
+        ("[]", None, "holds no list of prompts"),
+        ('{"prompt_en": "A man"}', None, "holds no list of prompts"),
+        ('[{"prompt_en": "A man", "dimension": ["a"]}, {"prompt_en": "A man"}]', None, "entry 2 is {'prompt_en'"),
+        ('[{"prompt_en": "A man", "dimension": ["a"]}]', ["b"], "vbench_dimensions: b not in .*; it has a"),
+        ('[{"prompt_en": "A cat", "dimension": ["a"]}]', ["a"], r"none of its 1 prompts of \['a'\] is of one person"),
+    ],
+)
+def test_a_file_that_is_not_vbenchs(tmp_path, content, dimensions, message):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "list.json", dimensions)
+
+
 def test_mistakes(cfg, people, tmp_path):
     groups = list(cfg.groups)
+    with pytest.raises(FileNotFoundError, match=r"vbench=.*nowhere is not there"):
+        read_prompts(tmp_path / "nowhere", None)
     with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         find_people(tmp_path / "nowhere", groups)
     (tmp_path / "empty").mkdir()

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from mm_lightning.encoders.detector import DetectedFace, DlibFaceDetector
+from mm_lightning.files import write_json
 from mm_lightning.miniature.layout import SETTINGS_NAME, WorldSettings
-from mm_lightning.prepare.shards import ShardWriter, write_json
+from mm_lightning.prepare.shards import ShardWriter
 from mm_lightning.prepare.stages.encode import jpeg, mp4
 
 SIZE, NUM_FRAMES = 64, 17

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from skimage import data
 
+from mm_lightning.files import write_json
 from mm_lightning.miniature.layout import FIRST_PERSON, SETTINGS_NAME, WorldSettings
-from mm_lightning.prepare.shards import ShardWriter, write_json
+from mm_lightning.prepare.shards import ShardWriter
 from mm_lightning.prepare.stages.encode import jpeg, mp4
 
 SETTINGS = WorldSettings(train=5, validation=2, test=1, stills=3, clips=1, size=32, num_frames=17)

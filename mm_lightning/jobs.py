@@ -1,0 +1,151 @@
+"""Jobs of `mm_lightning.generate`: one video each, read from a CSV or JSON, named, shared out, and checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mm_lightning.encoders.photos import load_photo
+
+NOT_ARGUMENTS = ("photos", "name", "seed", "identity", "group", "face_enhanced")
+NAME = re.compile(r"[\w][\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video. What is None is the base model's own."""
+
+    prompt: str
+    photos: tuple[str, ...]
+    name: str = ""
+    seed: int = 0
+    negative_prompt: str | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = False
+    face_scale: float = 1.0
+    identity_guidance_scale: float = 1.0
+    face_index: int | None = None
+    identity: str | None = None  # for evaluation: whose photos these are, and of which group
+    group: str | None = None
+    face_enhanced: bool = False  # the prompt asks for the face
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline, but for the person."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_ARGUMENTS}
+
+
+NUMBERS = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[str(text).lower()]}
+
+
+def read_jobs(file: Path, default: Job) -> list[Job]:
+    """Jobs of a CSV with a head line (photos separated by semicolons), of a JSON list of objects, or of what a former
+    run left beside a video; paths count from the file's folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is neither, or an entry has an unknown or a missing field.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"No file of jobs at {file}.")
+    try:
+        rows = read_rows(file)
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} can be read neither as JSON nor as CSV: {error}") from error
+    if not rows:
+        raise ValueError(f"{file} holds no jobs.")
+    return [make_job(row, default, f"{file}, entry {i + 1}", file.parent) for i, row in enumerate(rows)]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    if file.suffix.lower() == ".csv":
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            return [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
+    read = json.loads(file.read_text())
+    if isinstance(read, dict):
+        read = [read.get("job", read)]
+    return read if isinstance(read, list) else []
+
+
+def make_job(row: Any, default: Job, where: str, folder: Path) -> Job:
+    kinds = {field.name: str(field.type).split(" | ")[0] for field in fields(Job)}
+    if not isinstance(row, dict) or not row.keys() <= kinds.keys():
+        unknown = ", ".join(sorted(row.keys() - kinds.keys(), key=str)) if isinstance(row, dict) else repr(row)
+        raise ValueError(f"{where}: unknown {unknown}; a job has {', '.join(kinds)}.")
+    try:
+        values = {name: convert(kinds[name], value) for name, value in row.items() if value is not None}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: {error}; {row}") from error
+    if "photos" in values:
+        values["photos"] = tuple(str(folder / photo) for photo in photo_files(values["photos"]))
+    return replace(default, **values)
+
+
+def convert(kind: str, value: Any) -> Any:
+    return NUMBERS[kind](value) if kind in NUMBERS else value
+
+
+def photo_files(photos: str | Sequence[Any]) -> list[str]:
+    if isinstance(photos, str):
+        return [part.strip() for part in photos.split(";")]
+    return [photo["file"] if isinstance(photo, dict) else photo for photo in photos]
+
+
+def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
+    """Each with a name of its own, and `num_videos` of each, with seeds that count up.
+
+    Raises:
+        ValueError: a name that is no file name, or two the same.
+    """
+    named = []
+    for i, job in enumerate(jobs):
+        stem = job.name or f"{i:03d}-{'-'.join(re.findall('[a-z0-9]+', job.prompt.lower())[:6])}"
+        for j in range(num_videos):
+            name = stem if num_videos == 1 else f"{stem}-{job.seed + j}"
+            named.append(replace(job, name=name, seed=job.seed + j))
+    for job in named:
+        if not NAME.fullmatch(job.name):
+            raise ValueError(f"name={job.name!r} is no file name: letters, digits, dots, dashes, underscores.")
+    if len({job.name for job in named}) < len(named):
+        raise ValueError("Two jobs have the same name; leave names out, or give each its own.")
+    return named
+
+
+def part_of(jobs: Sequence[Job], part: str | None) -> list[Job]:
+    """Every n-th job from the i-th, of `part` i/n; all for None.
+
+    Raises:
+        ValueError: `part` is none.
+    """
+    if part is None:
+        return list(jobs)
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    if numbers is None or not int(numbers[1]) < int(numbers[2]):
+        raise ValueError(f"--part={part}: give which part, from 0, and how many there are, such as 0/4.")
+    return list(jobs)[int(numbers[1]) :: int(numbers[2])]
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        FileNotFoundError: a photo is not there.
+        ValueError: a job without prompt or photo, or a photo that is no picture.
+    """
+    for job in jobs:
+        if not job.prompt.strip():
+            raise ValueError(f"{job.name}: the prompt is empty; give --prompt.")
+        if not job.photos and job.face_scale:
+            raise ValueError(
+                f"{job.name}: no photo; give --photos, or --face-scale 0 for a video of nobody in particular."
+            )
+        for photo in job.photos:
+            load_photo(photo)
