@@ -21,32 +21,37 @@ class IdentityLoss(nn.Module):
     term does not apply, below it alpha_bar weighs it by the share of signal.
 
     Args:
-        max_timestep: the term applies to timesteps below this.
+        max_timestep: the term applies to timesteps below this,
+        min_timestep: and from this on. With little noise the estimate is the noisy latents, whatever was predicted: the
+            gradient is smaller by sqrt(1 - alpha_bar), and a decode costs as much as ever.
         prob: in (0, 1], chance of such a sample to have its face decoded; below 1 each sample draws once from its own
             generator. The term is not made larger for it, so its mean weight falls with prob.
 
     Raises:
-        ValueError: max_timestep is not positive or prob not in (0, 1], so that the term would never apply.
+        ValueError: max_timestep is not positive, min_timestep negative or not below it, or prob not in (0, 1], so that
+            the term would never apply.
     """
 
-    def __init__(self, max_timestep: int = 600, prob: float = 1.0) -> None:
+    def __init__(self, max_timestep: int = 600, prob: float = 1.0, min_timestep: int = 0) -> None:
         super().__init__()
         if max_timestep <= 0:
             raise ValueError(
                 f"max_timestep must be positive, not {max_timestep}: the identity loss would never apply. "
                 "To train without it use NullIdentityLoss."
             )
+        if not 0 <= min_timestep < max_timestep:
+            raise ValueError(f"min_timestep={min_timestep}: give 0 or more, less than max_timestep={max_timestep}.")
         if not 0.0 < prob <= 1.0:
             raise ValueError(
                 f"The share of samples with an identity loss must lie in (0, 1], not {prob}. "
                 "To train without it use NullIdentityLoss."
             )
-        self.max_timestep = max_timestep
+        self.max_timestep, self.min_timestep = max_timestep, min_timestep
         self.prob = prob
 
     def applies(self, sample: NoisySample) -> Tensor:
         """Which samples show enough of a face: (B,) bool."""
-        return sample.timestep < self.max_timestep
+        return (sample.timestep >= self.min_timestep) & (sample.timestep < self.max_timestep)
 
     def wanted(self, sample: NoisySample, generators: Sequence[torch.Generator]) -> Tensor:
         """Which samples need their face decoded: (B,) bool. generators: one CPU generator per sample."""

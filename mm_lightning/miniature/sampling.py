@@ -41,7 +41,7 @@ class Subject(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a clip is drawn. Both guidances are the best of (2, 1), (2, 1.5) and (2, 3) on the validation people."""
+    """How a clip is drawn. Both guidances are the better of (2, 1) and (2, 1.5) on the validation people."""
 
     steps: int = 25
     guidance: float = 2.0

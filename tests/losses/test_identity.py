@@ -37,6 +37,20 @@ def test_does_not_apply_above_the_limit_or_without_a_face():
     assert IdentityLoss(600).wanted(noisy_sample([0, 599, 600]), generators(3)).tolist() == [True, True, False]
 
 
+def test_does_not_apply_below_the_lower_limit():
+    embed, valid = torch.randn(3, 8), torch.ones(3, dtype=torch.bool)
+    limited = IdentityLoss(max_timestep=800, min_timestep=150)
+    sample = noisy_sample([149, 150, 799])
+    assert limited(embed, -embed, sample, valid).isnan().tolist() == [True, False, False]
+    assert limited.wanted(sample, generators(3)).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("min_timestep", [-1, 800, 900])
+def test_a_lower_limit_that_leaves_nothing_is_refused(min_timestep):
+    with pytest.raises(ValueError, match=rf"min_timestep={min_timestep}: give 0 or more, less than max_timestep=800"):
+        IdentityLoss(max_timestep=800, min_timestep=min_timestep)
+
+
 def test_a_share_of_the_samples_below_the_limit_is_wanted():
     """Each by its own generator, whatever stands beside it."""
     sample = noisy_sample([10] * 2000 + [700] * 200)
