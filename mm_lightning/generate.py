@@ -45,6 +45,7 @@ from mm_lightning.pipeline import MagicMirrorPipeline
 logger = logging.getLogger(__name__)
 
 MINIATURE = Path(__file__).parent / "miniature/assets"
+MINIATURE_GUIDANCE = 2.0  # more makes an average face of everybody, and holds it still
 SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
@@ -225,7 +226,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     for name in ("num_frames", "height", "width"):
         add(f"--{name.replace('_', '-')}", type=int, help="the base model's by default")
-    for name in ("guidance_scale", "face_scale", "identity_guidance_scale"):
+    add(
+        "--guidance-scale",
+        type=float,
+        help=f"{default.guidance_scale:g} by default, the miniature's is {MINIATURE_GUIDANCE:g}",
+    )
+    for name in ("face_scale", "identity_guidance_scale"):
         add(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
     add("--use-dynamic-cfg", action="store_true", help="diffusers' guidance that changes over the steps")
     add("--negative-prompt")
@@ -263,6 +269,8 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
     names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group", "face_enhanced"}
     common = {name: getattr(options, name) for name in names}
+    if options.guidance_scale is None:
+        common["guidance_scale"] = default_guidance(options.base)
     default = Job(prompt="", photos=tuple(options.photos), **common)
     if options.jobs is not None:
         jobs = read_jobs(options.jobs, default)
@@ -273,6 +281,11 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
     jobs = part_of(name_jobs(jobs, options.num_videos), options.part)
     check_jobs(jobs)
     return jobs
+
+
+def default_guidance(base: str | None) -> float:
+    """Guidance by the prompt; `base` None is the miniature."""
+    return MINIATURE_GUIDANCE if base is None else Job("", ()).guidance_scale
 
 
 def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:

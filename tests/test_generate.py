@@ -58,6 +58,16 @@ def decode(file):
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], stream
 
 
+@pytest.mark.parametrize(
+    ("arguments", "guidance"),
+    [((), 2.0), (("--base", "weights/CogVideoX-5b"), 6.0), (("--guidance-scale", "1"), 1.0)],
+)
+def test_guidance_is_the_bases_own_unless_one_is_given(photo, arguments, guidance):
+    _, options = generate.parse(["--photos", str(photo), "--prompt", "A woman img smiles", *arguments])
+    [job] = generate.collect_jobs(options)
+    assert job.guidance_scale == guidance
+
+
 def test_a_video_its_sheet_its_record_and_the_manifest(run, photo):
     out = run("--prompt", "A woman img smiles", "--seed", "7")
     [file] = out.glob("*.mp4")
