@@ -302,15 +302,28 @@ def settled_cpu_seconds(processes: Sequence[int]) -> float:
     """Of this process and of these, as soon as they have nothing to do."""
     quiet = 0
     while quiet < 4:
-        quiet = 0 if any(process_stat(process)[0] == "R" for process in processes) else quiet + 1
+        quiet = 0 if any(map(runs, processes)) else quiet + 1
         time.sleep(0.02)
     ticks = sum(int(value) for process in processes for value in process_stat(process)[11:13])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def runs(process: int) -> bool:
+    """Whether any thread of a process does or waits for a core: decord decodes in threads of its own."""
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            if stat_fields(task)[0] == "R":
+                return True
+    return False
+
+
 def process_stat(process: int) -> list[str]:
-    """Fields of Linux's /proc/{process}/stat from the state on: the 3rd as man proc counts them."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return stat_fields(Path(f"/proc/{process}"))
+
+
+def stat_fields(folder: Path) -> list[str]:
+    """Of a process or thread, from the state on: the 3rd field of `stat` as man proc counts them."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
 def rate_rows(folder: Path, name: str, sizes: Sizes, workers: Sequence[int], repetitions: int) -> Iterator[Row]:
