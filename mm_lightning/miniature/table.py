@@ -3,9 +3,10 @@
     python -m mm_lightning.miniature.table --adapter outputs/miniature_stage2/latest/adapter
 
 For each test person a clip by the prompt of one of its own clips, from its first stills, once with the adapter and once
-by the backbone alone, from the same noise. dlib finds and embeds the faces; a clip is compared with the *other* stills
-of all test people. dlib is also the recogniser of the condition and of the identity loss. Where a judge lies beside the
-model, it says how well a clip shows its prompt.
+by the backbone alone, from the same noise. What the VAE leaves of a real clip is the most that either can reach. dlib
+finds and embeds the faces; a clip is compared with the *other* stills of all test people. dlib is also the recogniser
+of the condition and of the identity loss. A judge beside the model, where there is one, says how well a clip shows its
+prompt.
 Clips and faces are kept under --work: an interrupted run goes on, and what another run has made is not made again.
 
 Letters: B clips of a batch, F frames, H W pixels.
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mm_lightning.adapters.weights import read_adapter_config
+from mm_lightning.backbone import Backbone
 from mm_lightning.encoders.recognizer import load_recognizer
 from mm_lightning.files import write_bytes, write_json
 from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, to_uint8, write_jpeg
@@ -52,8 +54,10 @@ from mm_lightning.miniature.sampling import (
     split_references,
 )
 from mm_lightning.miniature.sheet import DISCLOSURE, log_pictures
+from mm_lightning.preview import decode_latents
 
-REAL, FULL, ALONE = "real clips", "full model", "backbone alone"
+REAL, RESTORED, FULL, ALONE = "real clips", "through the VAE", "full model", "backbone alone"
+GENERATED = (FULL, ALONE)
 ASSETS = Path("mm_lightning/miniature/assets")
 DEFAULTS = Sampling()
 NUM_SHOWN = 8  # people on the contact sheet
@@ -158,7 +162,7 @@ class Table:
 
     @property
     def row_names(self) -> list[str]:
-        return [REAL, ALONE] if self.adapter is None else [REAL, FULL, ALONE]
+        return [REAL, RESTORED, ALONE] if self.adapter is None else [REAL, RESTORED, FULL, ALONE]
 
     def batches(self) -> list[range]:
         starts = range(0, len(self.subjects), self.batch_size)
@@ -167,7 +171,9 @@ class Table:
     def cache(self, row: str) -> Cache:
         made_from: tuple[Any, ...] = (row, self.data_id)
         if row != REAL:
-            made_from += (self.model_id, tuple(self.sampling))
+            made_from += (self.model_id,)
+        if row in GENERATED:
+            made_from += (tuple(self.sampling),)
         if row == FULL:
             made_from += (fingerprint(self.adapter),)
         return Cache(self.work / f"{row.replace(' ', '-')}-{fingerprint(*made_from)}")
@@ -182,8 +188,9 @@ class Table:
 
     def make_clips(self, row: str, rows: Sequence[int]) -> NDArray[np.uint8]:
         subjects = [self.subjects[i] for i in rows]
-        if row == REAL:
-            return np.concatenate([to_uint8(real_clip(subject)) for subject in subjects])
+        if row not in GENERATED:
+            clips = torch.cat([real_clip(subject) for subject in subjects])
+            return to_uint8(clips if row == REAL else through_vae(self.module.backbone, clips.to(self.device)))
         names = [self.names[i] for i in rows]
         batch = join_batches([subject.batch for subject in subjects])
         return generate_clips(self.module, batch, names, self.sampling, with_identity=row == FULL)
@@ -222,6 +229,13 @@ def real_clip(subject: Subject) -> torch.Tensor:
     if subject.batch.pixels is None:
         raise ValueError(f"Sample {subject.key} has cached latents and no pictures: give the people's own shards.")
     return subject.batch.pixels
+
+
+@torch.no_grad()
+def through_vae(backbone: Backbone, clips: torch.Tensor) -> torch.Tensor:
+    """(B, F, 3, H, W) in [-1, 1] -> the same from the means of their latents."""
+    mean, _ = backbone.encode_video(clips).chunk(2, dim=2)
+    return decode_latents(backbone.vae, mean * backbone.vae_config.scaling_factor)
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -343,7 +357,8 @@ def run(table: Table, out: Path, log_dir: Path | None, clips_per_person: int) ->
     summaries = {name: summarize(clips) for name, clips in by_clip.items()}
     text = format_table(summaries, describe(table, clips_per_person))
     out.mkdir(parents=True, exist_ok=True)
-    write_pictures(sheet_rows(table, rows[1:]), [row.name for row in rows[1:]], out, log_dir, text)
+    generated = [row for row in rows if row.name in GENERATED]
+    write_pictures(sheet_rows(table, generated), [row.name for row in generated], out, log_dir, text)
     write_bytes(out / "results.md", text.encode())
     write_json(out / "results.json", results(table, summaries, by_clip))
     return text

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from hydra.utils import instantiate
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,7 +81,7 @@ def finished(people, tiny_folder, adapter, tmp_path_factory) -> Path:
 
 def test_real_clips_are_recognised_and_noise_is_not(finished):
     rows = json.loads((finished / "results.json").read_text())["rows"]
-    assert set(rows) == {"real clips", "full model", "backbone alone"}
+    assert set(rows) == {"real clips", "through the VAE", "full model", "backbone alone"}
     real, noise = rows["real clips"], rows["backbone alone"]
     assert real["top1"] == real["top5"] == 1.0
     assert real["num_faceless"] == 0
@@ -92,6 +92,17 @@ def test_real_clips_are_recognised_and_noise_is_not(finished):
     assert noise["top1"] == noise["top5"] == 0
     assert noise["num_faceless"] == NUM_PEOPLE
     assert noise["own"] is None
+
+
+def test_through_the_vae_is_what_diffusers_makes_of_a_real_clip(finished, people, tiny_folder):
+    stored = [np.load(file)["frames"] for file in sorted((finished / "work").glob("through-the-VAE-*/clips-*.npz"))]
+    subject = read_subjects(people / "test" / "videos", NUM_PEOPLE)[3]
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny_folder / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        latents = vae.encode(subject.batch.pixels.transpose(1, 2)).latent_dist.mode()
+        expected = vae.decode(latents).sample.transpose(1, 2).clamp(-1, 1)
+    found = torch.from_numpy(stored[1][:1]).movedim(-1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 127.5)
 
 
 def test_a_line_for_every_clip_and_the_settings_stand_beside_them(finished, tiny_folder):
@@ -157,19 +168,21 @@ def test_an_interrupted_run_goes_on_with_the_batch_that_is_missing(
 
 
 def test_another_setting_is_made_anew(people, tiny_folder, adapter, finished, monkeypatch):
-    """What is kept under --work follows from model, adapter and sampling; real clips from the people alone."""
+    """What is kept under --work follows from model, adapter and sampling; real clips from the people alone,
+    and those through the VAE from people and model."""
     _, args = command.parse(arguments(people, tiny_folder, adapter, finished, "--guidance=3"))
     table = command.build_table(args)
     assert not table.cache("full model").folder.exists()
     assert not table.cache("backbone alone").folder.exists()
     assert table.cache("real clips").folder.exists()
+    assert table.cache("through the VAE").folder.exists()
 
 
 def test_clips_alone_need_no_face_network(people, tiny_folder, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "measure_clips", pytest.fail)
     monkeypatch.setattr(command, "build_gallery", pytest.fail)
     command.main(arguments(people, tiny_folder, adapter, tmp_path, "--generate-only"))
-    assert len(list((tmp_path / "work").glob("*/clips-*.npz"))) == 6
+    assert len(list((tmp_path / "work").glob("*/clips-*.npz"))) == 8
     assert not (tmp_path / "results.json").exists()
 
 
