@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from datamodules.order import MixedOrder, Order, Places, ShuffledOrder, whole_weights
 from datamodules.resolve import ShardSet, resolve_shards, resolve_sources
 from datamodules.shard_cache import ShardCache, is_remote
-from datamodules.slots import Slot, Slots
+from datamodules.slots import Slot, Slots, inline
 from datamodules.tars import (
     UNKNOWN_SIZE,
     DamagedSample,
@@ -295,8 +295,9 @@ class ShardStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.batches(self.start.consumed, worker_id, num_workers, self.slots)
+        if worker is None:
+            return self.batches(self.start.consumed, slots=self.slots)
+        return map(inline, self.batches(self.start.consumed, worker.id, worker.num_workers, self.slots))
 
     def batches(self, first: int, worker: int = 0, num_workers: int = 1, slots: Slots | None = None) -> Iterator[Any]:
         """The batches that one worker delivers, from a position on."""

@@ -1,10 +1,11 @@
-"""Pictures from the workers to the process that trains, through memory that is used again and again.
+"""Batches from the workers to the process that trains: pictures through memory that is used again and again, small
+tensors within the message.
 
 PyTorch makes a new shared file for each tensor of each batch. Its pages have to be handed out and cleared every time,
-which for a batch of decoded jpegs can cost a tenth of the decoding. Here each worker of an iteration has some slots of
-one shared map and stacks the pictures of a batch there. The receiving process sees the same memory: nothing is copied,
-and when the last tensor that looks at a slot is gone, the slot is free. Who keeps many batches gets them as PyTorch
-sends them.
+which for a batch of decoded jpegs can cost a tenth of the decoding, and both processes have to pass the file on, which
+for a few boxes costs more than the boxes. Here each worker of an iteration has some slots of one shared map and stacks
+the pictures of a batch there. The receiving process sees the same memory: nothing is copied, and when the last tensor
+that looks at a slot is gone, the slot is free. Who keeps many batches gets their pictures as PyTorch sends them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-MAX_SLOT_BYTES = 32_000_000  # a clip of that size takes so long to decode that its way does not matter
+MAX_SLOT_BYTES = 64_000_000  # a clip of 49 frames of 720x480; of what is larger, five would be too much to hold
+MAX_INLINE_BYTES = 16_384  # with the other tensors of a batch less than the 64 KiB that a pipe takes at once
 SLOTS_PER_WORKER = 5  # two that wait, as DataLoader prefetches, one that is being filled, two in use
 
 _numbers = itertools.count()
@@ -110,6 +112,24 @@ def take(number: int, slot: int, offset: int, shape: tuple[int, ...]) -> Tensor:
         finalize(memory, slots.free, slot).atexit = False
     rows = torch.from_numpy(memory[offset : offset + math.prod(shape)]).view(shape)
     return rows.permute(0, 1, 4, 2, 3)
+
+
+class Inline:
+    """What is sent in place of a small tensor: its numbers. Becomes the tensor where it is received."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.array = tensor.numpy()
+
+    def __reduce__(self) -> tuple:
+        return torch.from_numpy, (self.array,)
+
+
+def inline(batch: Any) -> Any:
+    """A named tuple, of tensors and named tuples among others, whose small tensors become `Inline`."""
+    if isinstance(batch, Tensor):
+        small = batch.nbytes <= MAX_INLINE_BYTES and batch.dtype != torch.bfloat16  # numpy has no such type
+        return Inline(batch) if small else batch
+    return type(batch)(*map(inline, batch)) if hasattr(batch, "_fields") else batch
 
 
 def _is_picture(value: Any) -> bool:
