@@ -127,7 +127,13 @@ def test_what_finds_no_room_travels_as_pytorch_sends_it(make_shards, num_taken, 
 def test_no_batch_brings_a_shared_file(tmp_path, expected, num_workers, monkeypatch):
     """What PyTorch calls for each of them is not called; what came may be written to."""
     files, rebuild = [], reductions.rebuild_storage_fd
-    monkeypatch.setattr(reductions, "rebuild_storage_fd", lambda *arguments: files.append(1) or rebuild(*arguments))
+
+    @functools.wraps(rebuild)  # by its name the workers send it
+    def counting(*arguments):
+        files.append(arguments)
+        return rebuild(*arguments)
+
+    monkeypatch.setattr(reductions, "rebuild_storage_fd", counting)
     module = in_trainer(ImageDataModule(tmp_path / "shards", **OPTIONS, num_workers=num_workers))
     loader = iter(module.train_dataloader())
     for other in expected[:8]:
