@@ -30,35 +30,39 @@ def split_scores(probabilities: Tensor, splits: int) -> Tensor:
     return torch.stack([inception_score(part) for part in parts])
 
 
-class ScriptedClassifier(nn.Module):
-    """A classifier in a TorchScript file (`torch.jit.save`), such as InceptionV3, for `InceptionScore`.
+class OnnxClassifier:
+    """A classifier in an ONNX file, such as InceptionV3, for `InceptionScore`; runs by onnxruntime on the CPU. Such a
+    file holds a graph of known operators, no code.
 
     Args:
-        file: its forward takes pictures (N, 3, S, S) and gives (N, K).
+        file: its first input takes pictures (N, 3, S, S) float32, its first output gives (N, K).
         size: S; pictures are resized to it. None leaves theirs.
         pixels: what it takes black and white for; [0, 255] is that of TensorFlow's Inception.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TorchScript.
+        ValueError: it is no ONNX network.
     """
 
     def __init__(self, file: str | Path, size: int | None = 299, pixels: Sequence[float] = (0.0, 255.0)) -> None:
-        super().__init__()
+        import onnxruntime
+
         if not Path(file).is_file():
             raise FileNotFoundError(f"No classifier at {file}.")
         try:
-            self.network = torch.jit.load(str(file), map_location="cpu")
-        except RuntimeError as error:
-            raise ValueError(f"{file} is no TorchScript file (of torch.jit.save).") from error
+            self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes share no other base
+            raise ValueError(f"{file} is no ONNX network: {error}") from error
         self.size, (self.black, self.white) = size, pixels
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def __call__(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, K)."""
         if self.size is not None:
             sizes = {"size": (self.size, self.size), "mode": "bilinear", "antialias": True}
             pictures = nn.functional.interpolate(pictures, **sizes)
-        return self.network((pictures + 1) / 2 * (self.white - self.black) + self.black)
+        inputs = (pictures + 1) / 2 * (self.white - self.black) + self.black
+        given = {self.session.get_inputs()[0].name: inputs.float().cpu().numpy()}
+        return torch.from_numpy(self.session.run(None, given)[0])
 
 
 class InceptionScore(PlottedMetric):

@@ -11,6 +11,8 @@ from itertools import chain
 
 import av
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 import skimage.data
 import torch
@@ -246,18 +248,28 @@ def test_similarity_comes_from_prompts_that_ask_for_the_face_and_all_else_from_t
 # Inception score
 
 
-class Brightness(nn.Module):
-    """Says of a picture from 0 to 255 how bright it is, in four classes."""
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        level = (pictures.mean(dim=[1, 2, 3]) / 64).long().clamp(0, 3)
-        return nn.functional.one_hot(level, 4).float() * 20
+def brightness_classifier() -> onnx.ModelProto:
+    """Pictures (N, 3, S, S) in [0, 255] -> (N, 4), sure of one of four classes by brightness."""
+    graph = onnx.parser.parse_graph("""
+        classify (float[N, 3, S, S] pictures) => (float[N, 4] scores)
+        <int64[3] axes = {1, 2, 3}, float step = {64}, float low = {0}, float high = {3}, int64 depth = {4},
+         float[2] values = {0, 20}>
+        {
+            mean = ReduceMean <keepdims = 0> (pictures, axes)
+            level = Div (mean, step)
+            floor = Floor (level)
+            clipped = Clip (floor, low, high)
+            index = Cast <to = 7> (clipped)
+            scores = OneHot (index, depth, values)
+        }
+    """)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
 
 
 def test_inception_score_is_a_figure_of_all_frames(videos, clips, tmp_path):
     """The score of one-hot classes is exp of the entropy of their shares."""
-    torch.jit.script(Brightness()).save(tmp_path / "classifier.pt")
-    classifier = f"{{_target_: {SCORE}.ScriptedClassifier, file: {tmp_path}/classifier.pt, size: 32, pixels: [0, 255]}}"
+    onnx.save(brightness_classifier(), tmp_path / "classifier.onnx")
+    classifier = f"{{_target_: {SCORE}.OnnxClassifier, file: {tmp_path}/classifier.onnx, size: 32, pixels: [0, 255]}}"
     metric = f"metrics.inception_score={{_target_: {SCORE}.InceptionScore, splits: 1, classifier: {classifier}}}"
     given = [f"+videos.a={videos}", f"out={tmp_path}/o", "detector=dlib", metric]
     score = run_here(*given)["methods"]["a"]["inception_score"]
@@ -277,10 +289,10 @@ def test_inception_score_is_a_figure_of_all_frames(videos, clips, tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"no network"])
 def test_a_classifier_that_is_none(videos, tmp_path, content):
-    file = tmp_path / "classifier.pt"
+    file = tmp_path / "classifier.onnx"
     if content is not None:
         file.write_bytes(content)
-    metric = f"{{_target_: {SCORE}.InceptionScore, classifier: {{_target_: {SCORE}.ScriptedClassifier, file: {file}}}}}"
+    metric = f"{{_target_: {SCORE}.InceptionScore, classifier: {{_target_: {SCORE}.OnnxClassifier, file: {file}}}}}"
     with pytest.raises(UserError, match="classifier"), short_errors():
         run_here(f"+videos.a={videos}", f"out={tmp_path}/o", "detector=dlib", f"metrics.inception_score={metric}")
 
