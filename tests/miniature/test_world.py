@@ -229,6 +229,17 @@ def test_queries_are_what_the_face_encoder_computes(few_people, tiny_folder):
     assert (fresh - fresh.roll(1, 0)).norm(dim=-1).min() > 0.05  # so that a mix-up would be seen
 
 
+def test_statistics_are_those_of_the_train_peoples_queries(few_people, tmp_path):
+    world.main(["statistics", "--people", str(few_people), "--out", str(tmp_path / "statistics.safetensors")])
+    found = load_file(tmp_path / "statistics.safetensors")
+    values = load_queries(few_people / "train").values.double().numpy()
+    assert found["mean"].numpy() == pytest.approx(values.mean(0), abs=1e-6)
+    assert found["std"].numpy() == pytest.approx(values.std(0, ddof=1), abs=1e-6)
+    with pytest.raises(SystemExit, match=r"queries\.safetensors is missing"):
+        world.main(["statistics", "--people", str(tmp_path), "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
 def test_queries_go_on_where_they_were_cut(few_people, tmp_path):
     people = tmp_path / "people"
     shutil.copytree(few_people, people)
