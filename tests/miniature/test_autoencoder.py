@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -20,21 +21,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm_lightning.checkpoint import trainable_parameters
 from mm_lightning.config import UserError
+from mm_lightning.encoders.recognizer import load_recognizer
 from mm_lightning.fewer_operations import enlarging_weight, fewer_operations
 from mm_lightning.miniature.autoencoder import (
     AutoencoderModule,
     build_autoencoder,
     edges,
     face_weight,
+    identity_distance,
     kl_divergence,
     picture_grid,
     psnr,
     reconstruction_terms,
     temporal_weights,
 )
-from mm_lightning.miniature.data import MiniatureBatch, Words
+from mm_lightning.miniature.data import MiniatureBatch, Words, collate, load_split
 from tests.conftest import ROOT
+from tests.miniature import real_people
 from tests.miniature.small_people import write_people
 from tests.runs import compose_train
 from train import train
@@ -185,6 +190,47 @@ def test_psnr_agrees_with_skimage():
     torch.testing.assert_close(psnr(torch.tensor(pixels), torch.tensor(target)), torch.tensor(wanted).float())
 
 
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> MiniatureBatch:
+    """Nine frames each of two real people."""
+    people = tmp_path_factory.mktemp("faces")
+    real_people.write_people(people / "train")
+    return collate(load_split(people, "train").clips, torch.arange(2), slice(0, 9))
+
+
+def test_identity_distance_equals_numpy_over_the_frames_that_show_a_face(faces):
+    recognizer = load_recognizer("dlib_standardized")
+    pixels = (faces.pixels + 0.1 * torch.randn_like(faces.pixels)).requires_grad_()
+    landmarks = faces.landmarks.clone()
+    landmarks[1, 3:] = 0
+    found = identity_distance(pixels, faces.pixels, landmarks, recognizer)
+    frames = [(0, i) for i in range(9)] + [(1, i) for i in range(3)]
+    cosines = []
+    for at in frames:
+        a, b = (recognizer.embed(p[at][None].detach(), landmarks[at][None])[0].double() for p in (pixels, faces.pixels))
+        cosines.append(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+    assert found.item() == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+    found.backward()
+    assert pixels.grad[0].any()
+    assert not pixels.grad[1, 3:].any()
+
+
+def test_identity_distance_of_the_same_and_of_another_person(faces):
+    recognizer = load_recognizer("dlib_standardized")
+    same = identity_distance(faces.pixels, faces.pixels, faces.landmarks, recognizer)
+    other = identity_distance(faces.pixels[:1], faces.pixels[1:], faces.landmarks[1:], recognizer)
+    assert same.item() == pytest.approx(0, abs=1e-5)
+    assert other.item() > 0.5
+
+
+def test_without_a_face_the_identity_distance_is_zero_and_has_a_gradient(faces):
+    pixels = faces.pixels.clone().requires_grad_()
+    nothing = identity_distance(pixels, faces.pixels, torch.zeros_like(faces.landmarks), load_recognizer("dlib"))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert not pixels.grad.any()
+
+
 def test_edges_of_a_ramp():
     horizontal, vertical = edges(torch.arange(4.0).expand(1, 1, 1, 3, 4))
     assert horizontal[0, 0, 0].tolist() == [[1.0, 1.0, 1.0, 0.0]] * 3
@@ -202,8 +248,11 @@ def test_grid_shows_originals_above_reconstructions():
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def train_by_hand(module: AutoencoderModule, pixels: torch.Tensor, num_steps: int) -> list[float]:
+def train_by_hand(
+    module: AutoencoderModule, pixels: torch.Tensor, num_steps: int, landmarks: torch.Tensor | None = None
+) -> list[float]:
     (optimizer, batch), losses = (module.configure_optimizers()["optimizer"], batch_of(pixels)), []
+    batch = batch if landmarks is None else batch._replace(landmarks=landmarks)
     module.log = module.log_dict = lambda *args, **kwargs: None
     for _ in range(num_steps):
         loss = module.training_step(batch, 0)
@@ -266,6 +315,24 @@ def test_decoder_alone_keeps_latents_and_their_scale(tmp_path, monkeypatch):
     assert {name.split(".")[0] for name in changed} == {"decoder"}
 
 
+def test_with_a_recogniser_the_decoder_learns_whose_face_it_is(faces, tmp_path, monkeypatch):
+    """The recogniser takes no part in what trains, nor in a checkpoint, and a checkpoint without it loads strictly."""
+    monkeypatch.setattr(AutoencoderModule, "global_step", 0)
+    first = small_module(export_dtype="float32")
+    train_by_hand(first, faces.pixels[:, :1, :, ::2, ::2], 2)
+    first.export(tmp_path)
+    options = {"recognizer": "dlib_standardized", "identity_weight": 1.0}
+    module = small_module(init=str(tmp_path), train_encoder=False, **options)
+    assert {name.split(".")[1] for name in trainable_parameters(module)} == {"decoder"}
+    losses = train_by_hand(module, faces.pixels[:, :1], 6, faces.landmarks[:, :1])
+    assert losses[-1] < losses[0]
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert not [name for name in checkpoint["state_dict"] if name.startswith("recognizer")]
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+
+
 def test_start_from_nothing_or_another_size(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere holds no vae/"):
         small_module(init="nowhere")
@@ -320,11 +387,13 @@ def people(tmp_path_factory) -> Path:
     return write_people(tmp_path_factory.mktemp("people"))
 
 
-def run_command(people: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    people: Path, out: Path, *overrides: str, experiment: str = "miniature_vae"
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA_", "PL_", "RANK", "LOCAL_RANK"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     small = ("global_batch_size=4", "data.clip_batch_size=1", f"data.people={people}", f"paths.output_dir={out}")
-    command = [sys.executable, "train.py", "experiment=miniature_vae", *OVERRIDES, *small, *overrides]
+    command = [sys.executable, "train.py", f"experiment={experiment}", *OVERRIDES, *small, *overrides]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -349,6 +418,20 @@ def test_command_trains_logs_and_exports(whole_run):
     tensors = load_file(whole_run / "miniature_model/vae/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert json.loads((whole_run / "miniature_model/vae/config.json").read_text())["latent_channels"] == 16
+
+
+def test_decoder_goes_on_from_what_was_exported_and_replaces_it(people, whole_run, tmp_path):
+    shutil.copytree(whole_run / "miniature_model", tmp_path / "miniature_model")
+    run = run_command(people, tmp_path, "scale=0.0001", f"hydra.run.dir={tmp_path}/run", experiment="miniature_decoder")
+    assert run.returncode == 0, run.stderr[-3000:]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert {"train/loss/identity", "val/identity"} <= set(events.Tags()["scalars"])
+    file = "miniature_model/vae/diffusion_pytorch_model.safetensors"
+    old, new = (load_file(folder / file) for folder in (whole_run, tmp_path))
+    changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    assert {name.split(".")[0] for name in changed} == {"decoder"}
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if name.startswith("recognizer")]
 
 
 @pytest.mark.slow
