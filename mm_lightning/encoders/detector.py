@@ -11,6 +11,7 @@ import importlib.util
 import math
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -24,6 +25,8 @@ RECOGNIZER_FILE = "dlib_face_recognition_resnet_model_v1.dat"
 PACKS = ("buffalo_l", "antelopev2")  # what "auto" looks for, in this order
 DETECTION_PATTERNS = ("det_*.onnx", "scrfd_*.onnx")
 HOG_WINDOW = 80  # pixels of the smallest face that dlib's detector finds
+# dlib lets go of the GIL; a detector or network that two threads use at once crashes the process.
+ONE_AT_A_TIME = Lock()
 
 
 class DetectedFace(NamedTuple):
@@ -82,13 +85,20 @@ class DlibFaceDetector:
     def __call__(self, picture: np.ndarray, threshold: float = 0.0) -> list[DetectedFace]:
         """RGB (H, W, 3) uint8 -> faces scoring above `threshold`, the best first."""
         picture = _checked(picture)
-        rectangles, scores, _ = self.detector.run(picture, upsampling(*picture.shape[:2]), threshold)
+        rectangles, scores = self._detect(picture, upsampling(*picture.shape[:2]), threshold)
         return [self._locate(picture, r, s) for r, s in zip(rectangles, scores, strict=True)]
 
     def embed(self, picture: np.ndarray, face: DetectedFace) -> np.ndarray:
         """RGB (H, W, 3) uint8 and a face in it -> (128,) float64, not normalised."""
         shape = self.predictor(_checked(picture), dlib.rectangle(*(round(float(v)) for v in face.box)))
-        return np.array(self.recognizer.compute_face_descriptor(picture, shape))
+        with ONE_AT_A_TIME:
+            return np.array(self.recognizer.compute_face_descriptor(picture, shape))
+
+    def _detect(self, picture: np.ndarray, times_doubled: int, threshold: float) -> tuple[Any, Any]:
+        """-> rectangles, their scores."""
+        with ONE_AT_A_TIME:
+            rectangles, scores, _ = self.detector.run(picture, times_doubled, threshold)
+        return rectangles, scores
 
     def _locate(self, picture: np.ndarray, rectangle: dlib.rectangle, score: float) -> DetectedFace:
         points = np.array([(p.x, p.y) for p in self.predictor(picture, rectangle).parts()], np.float32)
@@ -132,7 +142,7 @@ class DlibDetector(DlibFaceDetector):
         size = tuple(max(HOG_WINDOW, math.ceil(side * scale)) for side in picture.shape[1::-1])
         kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         scaled = np.ascontiguousarray(cv2.resize(picture, size, interpolation=kind))
-        rectangles, scores, _ = self.detector.run(scaled, 0, 0.0)
+        rectangles, scores = self._detect(scaled, 0, 0.0)
         ratio = np.array(picture.shape[1::-1]) / size
         return largest_first([self._restore(picture, r, s, ratio) for r, s in zip(rectangles, scores, strict=True)])
 

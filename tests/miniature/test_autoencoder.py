@@ -422,7 +422,7 @@ def test_command_trains_logs_and_exports(whole_run):
 
 def test_decoder_goes_on_from_what_was_exported_and_replaces_it(people, whole_run, tmp_path):
     shutil.copytree(whole_run / "miniature_model", tmp_path / "miniature_model")
-    run = run_command(people, tmp_path, "scale=0.0001", f"hydra.run.dir={tmp_path}/run", experiment="miniature_decoder")
+    run = run_command(people, tmp_path, "scale=0.0002", f"hydra.run.dir={tmp_path}/run", experiment="miniature_decoder")
     assert run.returncode == 0, run.stderr[-3000:]
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert {"train/loss/identity", "val/identity"} <= set(events.Tags()["scalars"])
