@@ -45,7 +45,7 @@ from mm_lightning.prepare.shards import ShardWriter
 logger = logging.getLogger(__name__)
 
 ROOT = CONF.parent
-STAGES = ("people", "vae", "decoder", "clip", "backbone", "quality", "cache", "stage1", "stage2", "table")
+STAGES = ("people", "vae", "decoder", "clip", "backbone", "motion", "quality", "cache", "stage1", "stage2", "table")
 # What a stage reads of what others make.
 READS = {
     "people": (),
@@ -53,8 +53,9 @@ READS = {
     "decoder": ("vae",),
     "clip": ("people",),
     "backbone": ("decoder", "clip"),
-    "quality": ("backbone",),
-    "cache": ("backbone",),
+    "motion": ("backbone",),
+    "quality": ("motion",),
+    "cache": ("motion",),
     "stage1": ("cache",),
     "stage2": ("stage1",),
     "table": ("stage2",),
@@ -69,7 +70,7 @@ NEEDS = {
     "table": {"dlib": "finds faces", "face_recognition_models": "tells people apart"},
 }
 # Trainings that write a part of the model, here with every checkpoint: one that was cut after its last step is done.
-EXPORTING = ("vae", "decoder", "clip", "backbone")
+EXPORTING = ("vae", "decoder", "clip", "backbone", "motion")
 ADAPTERS = ("stage1", "stage2")
 # A status that is no failure: the judgement ran, and some figure is below its bar.
 JUDGED = {"quality": 1}
@@ -150,6 +151,7 @@ def commands(settings: Settings) -> dict[str, tuple[str, ...]]:
         "decoder": training(settings, "decoder", f"data.people={people}"),
         "clip": training(settings, "clip", f"data.people={people}"),
         "backbone": training(settings, "backbone", f"data.people={people}", f"data.cache={out}/latents"),
+        "motion": training(settings, "motion", f"data.people={people}", f"data.cache={out}/latents"),
         "quality": judging(settings, "quality", "--num-clips"),
         "cache": (
             *("-m", "mm_lightning.miniature.cache", "--people", people, "--model", model, "--out", cached),

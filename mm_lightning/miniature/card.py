@@ -30,6 +30,7 @@ TRAININGS = {
     "decoder": "decoder of the VAE, on whose face it is",
     "clip": "text encoder and vision tower",
     "backbone": "transformer",
+    "motion": "transformer once more, on clips",
     "stage1": "adapter, stage 1 (stills)",
     "stage2": "adapter, stage 2 (clips)",
 }

@@ -1,6 +1,7 @@
 """The miniature's transformer, trained from scratch as text-to-video on the train people's latents.
 
     python train.py experiment=miniature_backbone
+    python train.py experiment=miniature_motion  # then once more, on clips alone
 
 Letters: B batch, F frames, F' latent frames, C latent channels, h w latent pixels, T text tokens, D_txt width of T5,
 N text and video tokens, M heads, K width of one, P num_train_timesteps.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def draw_timesteps(count: int, num_timesteps: int, mean: float, std: float, gene
     return (normal.sigmoid() * num_timesteps).long().clamp_max(num_timesteps - 1)
 
 
+def check_transformer(folder: str | Path, wanted: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        FileNotFoundError: `folder` holds no transformer.
+        ValueError: it is another one than `wanted` describes.
+    """
+    path = Path(folder, "transformer", "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.init={folder} holds no transformer/: `python train.py experiment=miniature_backbone` writes one; "
+            "null is anew."
+        )
+    found = read_json(path)
+    other = [name for name in wanted if not name.startswith("_") and found.get(name) != wanted[name]]
+    if other:
+        told = ", ".join(f"{name}={found.get(name)} and not {wanted[name]}" for name in other)
+        raise ValueError(f"model.init={folder} has {told}: change either.")
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +125,7 @@ class DenoiserModule(L.LightningModule):
     Args:
         base: folder with the trained `vae/`, `text_encoder/` and `tokenizer/`, diffusers' layout.
         transformer: () -> untrained transformer.
+        init: folder with the transformer/ of an earlier run to go on from; None starts from scratch.
         optimizer: named parameters -> optimizer.
         lr_schedule: optimizer -> schedule, stepped once per step.
         timestep_mean, timestep_std: of the logit of training timesteps, see `draw_timesteps`.
@@ -114,8 +135,8 @@ class DenoiserModule(L.LightningModule):
         seed: of the weights and of all noise.
 
     Raises:
-        FileNotFoundError: a part of the base is missing.
-        ValueError: the transformer does not fit the base, or a dtype or number that cannot be.
+        FileNotFoundError: a part of the base is missing, or `init` holds no transformer.
+        ValueError: the transformer does not fit the base, `init` holds another, or a dtype or number that cannot be.
     """
 
     strict_loading = False  # checkpoints hold what trains; on_load_checkpoint compares the names
@@ -126,6 +147,7 @@ class DenoiserModule(L.LightningModule):
         transformer: Callable[[], CogVideoXTransformer3DModel],
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
         lr_schedule: Callable[[torch.optim.Optimizer], Any],
+        init: str | None = None,
         timestep_mean: float = 0.0,
         timestep_std: float = 1.0,
         num_samples: int = 16,
@@ -139,7 +161,7 @@ class DenoiserModule(L.LightningModule):
             raise ValueError(f"model.export_dtype={export_dtype}: give one of {', '.join(EXPORT_DTYPES)}.")
         if timestep_std <= 0:
             raise ValueError(f"model.timestep_std={timestep_std}: give a positive number.")
-        self.base, self.transformer_factory = require_frozen(base), transformer
+        self.base, self.transformer_factory, self.init = require_frozen(base), transformer, init
         self.optimizer_factory, self.lr_schedule_factory = optimizer, lr_schedule
         self.timestep_mean, self.timestep_std = timestep_mean, timestep_std
         self.num_samples, self.num_inference_steps = num_samples, num_inference_steps
@@ -159,6 +181,8 @@ class DenoiserModule(L.LightningModule):
         for name, width in widths.items():
             if config[name] != width:
                 raise ValueError(f"model.transformer.{name}={config[name]}, but {self.base} is made for {width}.")
+        if self.init is not None:
+            check_transformer(self.init, config)
 
     def check_resume(self, path: str | Path) -> None:
         """Before anything large loads: raises what `require_complete` raises."""
@@ -171,6 +195,11 @@ class DenoiserModule(L.LightningModule):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
             self.transformer = self.transformer_factory()
+        if self.init is not None:
+            stored = CogVideoXTransformer3DModel.from_pretrained(
+                self.init, subfolder="transformer", torch_dtype=torch.float32
+            )
+            self.transformer.load_state_dict(stored.state_dict())
         self.transformer.set_attn_processor(JointAttnProcessor())
         self.frozen: Backbone = load_frozen(self.base, self.transformer.config)
         self.text = build_text(self.frozen)

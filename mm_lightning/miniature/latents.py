@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -102,7 +102,7 @@ def load_frozen(folder: str | Path, transformer_config: Mapping[str, Any]) -> Ba
     return Backbone(
         name=folder.name,
         tokenizer=T5Tokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=build_scheduler(),
+        scheduler=CogVideoXDDIMScheduler.from_config(build_scheduler().config),
         transformer_config=dict(transformer_config),
         vae_config=read_json(folder / "vae/config.json"),
         vae=AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32),

@@ -77,7 +77,7 @@ def test_stages_stand_after_those_they_read():
 
 def test_commands_are_those_that_a_user_types(settings):
     stages = {stage.name: stage.command for stage in plan(settings)}
-    for name in ("vae", "decoder", "clip", "backbone", "stage1", "stage2"):
+    for name in ("vae", "decoder", "clip", "backbone", "motion", "stage1", "stage2"):
         assert stages[name][:3] == ("train.py", f"experiment=miniature_{name}", "scale=0.1")
     for name in ("people", "quality", "cache", "table"):
         assert stages[name][0] == "-m"
@@ -93,7 +93,7 @@ def test_every_part_is_written_and_read_in_the_folder_of_the_build(settings):
             assert "outputs" not in config
             assert str(settings.out) in config
     model = str(settings.model)
-    exports = [s for s in plan(settings) if s.name in ("vae", "decoder", "clip", "backbone")]
+    exports = [s for s in plan(settings) if s.name in ("vae", "decoder", "clip", "backbone", "motion")]
     assert all(f"folder: {model}\n" in command.training_config(stage.command) for stage in exports)
 
 
@@ -265,7 +265,7 @@ def finished(settings, people, tmp_path) -> Settings:
     save_judge(settings.out / "judge")
     record = {"base": {"name": "x", "config_sha256": "y"}, "adapter": {}, "front_end": {}}
     AdapterWeights(record, {"w": torch.randn(8, 8)}).save_pretrained(settings.adapter)
-    for name in ("vae", "decoder", "clip", "backbone", "stage1", "stage2"):
+    for name in ("vae", "decoder", "clip", "backbone", "motion", "stage1", "stage2"):
         log_losses(settings.run_dir(name))
     finish(settings, *STAGES)
     (settings.out / "table").mkdir()

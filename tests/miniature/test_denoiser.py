@@ -387,6 +387,8 @@ def test_a_resumed_run_is_the_run(people, tiny_folder, whole_run, tmp_path):
         ("model.base=nowhere", "nowhere lacks vae/config.json, vae/diffusion_pytorch_model.safetensors, text_encoder/"),
         ("model.transformer.text_embed_dim=48", "model.transformer.text_embed_dim=48, but"),
         ("+model.transformer.in_channels=8", "model.transformer.in_channels=8, but"),
+        ("model.init=nowhere", "model.init=nowhere holds no transformer/"),
+        ("model.init={tiny} model.transformer.num_layers=3", "has num_layers=4 and not 3: change either"),
         ("model.timestep_std=0", "model.timestep_std=0: give a positive number"),
         ("model.export_dtype=half", "model.export_dtype=half: give one of float32"),
         ("data.text_drop_rate=1.5", "data.text_drop_rate=1.5: give a number from 0 to 1"),
@@ -396,11 +398,32 @@ def test_a_resumed_run_is_the_run(people, tiny_folder, whole_run, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_loads(people, tiny_folder, tmp_path, override, message):
-    overrides = [*overrides_for(people, tiny_folder, tmp_path), f"paths.run_dir={tmp_path}", override]
+    given = override.format(tiny=tiny_folder).split()
+    overrides = [*overrides_for(people, tiny_folder, tmp_path), f"paths.run_dir={tmp_path}", *given]
     with pytest.raises(UserError) as caught:
         train(compose_train(*overrides))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_training_goes_on_from_an_earlier_transformer(tiny_folder, tmp_path):
+    earlier = small_transformer(seed=5)
+    earlier.half().save_pretrained(tmp_path / "transformer")
+    found = small_module(tiny_folder, init=str(tmp_path)).transformer
+    assert found.state_dict().keys() == earlier.state_dict().keys()
+    assert all(torch.equal(found.state_dict()[name], w.float()) for name, w in earlier.state_dict().items())
+    assert found.dtype == torch.float32
+    assert all(p.requires_grad for p in found.parameters())
+
+
+def test_motion_is_trained_on_clips_alone(people, tiny_folder, tmp_path):
+    """The command's configuration: from the backbone's folder into the same, no batch of stills."""
+    cfg = compose_train("experiment=miniature_motion", "scale=0.16", f"paths.run_dir={tmp_path}")
+    OmegaConf.resolve(cfg)
+    assert cfg.model.init == cfg.model.base == cfg.callbacks.export.folder
+    assert cfg.trainer.max_steps == cfg.model.lr_schedule.num_training_steps == 3200
+    assert cfg.data.clip_every == 1
+    assert cfg.data.first_clip == 0
 
 
 def test_the_recipe_is_the_contract():
