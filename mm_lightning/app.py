@@ -33,7 +33,16 @@ from mm_lightning.credentials import read_signing
 from mm_lightning.encoders import photos as photo_reading
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluation.clips import read_clip
-from mm_lightning.generate import Generator, add_signing, add_weights, default_guidance, describe_weights, load_pipeline
+from mm_lightning.generate import (
+    BASE_GUIDANCE,
+    Generator,
+    Guidance,
+    add_signing,
+    add_weights,
+    default_guidance,
+    describe_weights,
+    load_pipeline,
+)
 from mm_lightning.jobs import Job, make_job, name_jobs
 from mm_lightning.metrics.arithmetic import mean_embedding
 from mm_lightning.metrics.id_similarity import frame_similarity
@@ -227,12 +236,12 @@ def readable(text: str, photos: Sequence[str]) -> str:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def build(studio: Studio, examples: Sequence[tuple[str, str]] = (), guidance_scale: float = 6.0) -> gr.Blocks:
+def build(studio: Studio, examples: Sequence[tuple[str, str]] = (), guidance: Guidance = BASE_GUIDANCE) -> gr.Blocks:
     """The page; from here on, gradio keeps its files in the studio's folder.
 
     Args:
         examples: photo inside that folder, and prompt.
-        guidance_scale: where its slider stands at first.
+        guidance: where its sliders stand at first.
     """
     # What it uploads and caches it also serves.
     os.environ |= {"GRADIO_TEMP_DIR": str(studio.out), "GRADIO_EXAMPLES_CACHE": str(studio.out / "examples")}
@@ -240,7 +249,7 @@ def build(studio: Studio, examples: Sequence[tuple[str, str]] = (), guidance_sca
         gr.Markdown(NOTICE.format(out=studio.out))
         with gr.Row():
             with gr.Column():
-                inputs = add_inputs(studio.pipeline, guidance_scale)
+                inputs = add_inputs(studio.pipeline, guidance)
                 button = gr.Button("Generate", variant="primary")
                 if examples:
                     rows = [[[photo], prompt] for photo, prompt in examples]
@@ -262,9 +271,9 @@ def build(studio: Studio, examples: Sequence[tuple[str, str]] = (), guidance_sca
     return page
 
 
-def add_inputs(pipeline: MagicMirrorPipeline, guidance_scale: float) -> dict[str, gr.Component]:
+def add_inputs(pipeline: MagicMirrorPipeline, guidance: Guidance) -> dict[str, gr.Component]:
     """Components by the name of `Job`'s fields."""
-    default = Job(prompt="", photos=(), guidance_scale=guidance_scale)
+    default = Job(prompt="", photos=(), **guidance._asdict())
     height, width, num_frames = pipeline.check_shape(None, None, None)
     gallery = gr.Gallery(
         label="Photos of one person", type="filepath", file_types=["image"], object_fit="contain", height=260,

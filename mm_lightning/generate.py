@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,12 +45,23 @@ from mm_lightning.pipeline import MagicMirrorPipeline
 logger = logging.getLogger(__name__)
 
 MINIATURE = Path(__file__).parent / "miniature/assets"
-MINIATURE_GUIDANCE = 2.0  # more makes an average face of everybody, and holds it still
 SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
 FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
 MANIFEST = "manifest.json"
+
+
+class Guidance(NamedTuple):
+    """How strongly a clip is guided where the user does not say."""
+
+    guidance_scale: float
+    identity_guidance_scale: float
+
+
+BASE_GUIDANCE = Guidance(Job.guidance_scale, Job.identity_guidance_scale)
+# Chosen on its validation people, see its model card.
+MINIATURE_GUIDANCE = Guidance(guidance_scale=2.0, identity_guidance_scale=1.5)
 
 
 class Generator:
@@ -226,13 +237,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     for name in ("num_frames", "height", "width"):
         add(f"--{name.replace('_', '-')}", type=int, help="the base model's by default")
-    add(
-        "--guidance-scale",
-        type=float,
-        help=f"{default.guidance_scale:g} by default, the miniature's is {MINIATURE_GUIDANCE:g}",
-    )
-    for name in ("face_scale", "identity_guidance_scale"):
-        add(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
+    for name, miniature in MINIATURE_GUIDANCE._asdict().items():
+        help_text = f"{getattr(default, name):g} by default, the miniature's is {miniature:g}"
+        add(f"--{name.replace('_', '-')}", type=float, help=help_text)
+    add("--face-scale", type=float, default=default.face_scale)
     add("--use-dynamic-cfg", action="store_true", help="diffusers' guidance that changes over the steps")
     add("--negative-prompt")
     add("--face-index", type=int, help="which face of a photo with several, from the left")
@@ -269,8 +277,7 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--num-videos={options.num_videos}: give a number from 1.")
     names = {field.name for field in fields(Job)} - {"prompt", "photos", "identity", "group", "face_enhanced"}
     common = {name: getattr(options, name) for name in names}
-    if options.guidance_scale is None:
-        common["guidance_scale"] = default_guidance(options.base)
+    common |= {name: v for name, v in default_guidance(options.base)._asdict().items() if common[name] is None}
     default = Job(prompt="", photos=tuple(options.photos), **common)
     if options.jobs is not None:
         jobs = read_jobs(options.jobs, default)
@@ -283,9 +290,9 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def default_guidance(base: str | None) -> float:
-    """Guidance by the prompt; `base` None is the miniature."""
-    return MINIATURE_GUIDANCE if base is None else Job("", ()).guidance_scale
+def default_guidance(base: str | None) -> Guidance:
+    """`base` None is the miniature."""
+    return MINIATURE_GUIDANCE if base is None else BASE_GUIDANCE
 
 
 def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:

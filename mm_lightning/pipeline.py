@@ -219,7 +219,7 @@ class MagicMirrorPipeline(CogVideoXPipeline):
             num_frames: 4k+1, at 8 per second; 1 gives a picture; by default what the base was trained on.
             guidance_scale: of the text, constant over the steps unless `use_dynamic_cfg` is set; up to 1, none.
             face_scale: strength of the adapter; 0 is the plain CogVideoX, bit for bit.
-            identity_guidance_scale: contrasts the person with nobody; 1 does not, and costs nothing, other values
+            identity_guidance_scale: contrasts the person with nobody; 1 does not, and costs nothing; other values
                 take half as long again with text guidance, and twice as long without it.
             num_videos_per_prompt: videos of one prompt follow one another.
             face_index: of photos with several faces, from the left.
@@ -270,7 +270,7 @@ class MagicMirrorPipeline(CogVideoXPipeline):
         told = condition.attention_kwargs(num_copies=2 if with_text_guidance else 1)
         told |= {**(attention_kwargs or {}), "face_scale": face_scale}
         nobody = None
-        if identity_guidance_scale != 1:
+        if identity_guidance_scale != 1 and face_scale != 0:
             nobody = self.encode_identity(prompts, identity, face_scale, drop_identity=True)
             if with_text_guidance:
                 nobody = nobody._replace(prompt_embeds=embeds["negative_prompt_embeds"])

@@ -17,6 +17,7 @@ from mm_lightning import generate
 from mm_lightning.credentials import make_certificates, read_mark
 from mm_lightning.generate import main
 from mm_lightning.media import DISCLOSURE
+from mm_lightning.miniature.sampling import Sampling
 from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
 from tests.test_pipeline import trained  # noqa: F401
@@ -60,12 +61,22 @@ def decode(file):
 
 @pytest.mark.parametrize(
     ("arguments", "guidance"),
-    [((), 2.0), (("--base", "weights/CogVideoX-5b"), 6.0), (("--guidance-scale", "1"), 1.0)],
+    [
+        ((), (2.0, 1.5)),
+        (("--base", "weights/CogVideoX-5b"), (6.0, 1.0)),
+        (("--guidance-scale", "1"), (1.0, 1.5)),
+        (("--identity-guidance-scale", "1"), (2.0, 1.0)),
+    ],
 )
 def test_guidance_is_the_bases_own_unless_one_is_given(photo, arguments, guidance):
     _, options = generate.parse(["--photos", str(photo), "--prompt", "A woman img smiles", *arguments])
     [job] = generate.collect_jobs(options)
-    assert job.guidance_scale == guidance
+    assert (job.guidance_scale, job.identity_guidance_scale) == guidance
+
+
+def test_the_miniature_is_guided_as_its_table_was_measured():
+    measured = Sampling()
+    assert (measured.guidance, measured.identity_guidance) == generate.MINIATURE_GUIDANCE
 
 
 def test_a_video_its_sheet_its_record_and_the_manifest(run, photo):

@@ -81,7 +81,8 @@ def test_face_scale_zero_is_the_plain_pipeline_bit_for_bit(pipe, plain, astronau
     options = {"guidance_scale": guidance_scale, "num_frames": num_frames}
     length = plain.transformer.config.max_text_seq_length
     expected = generate(plain, "A man smiles", **options, max_sequence_length=length)
-    assert torch.equal(generate(pipe, reference_images=astronaut, face_scale=0, **options), expected)
+    for guided in ({}, {"identity_guidance_scale": 1.5}):
+        assert torch.equal(generate(pipe, reference_images=astronaut, face_scale=0, **guided, **options), expected)
     assert torch.equal(generate(pipe, "A man smiles", face_scale=0, **options), expected)
     assert not torch.equal(generate(pipe, reference_images=astronaut, **options), expected)
 
