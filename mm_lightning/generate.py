@@ -55,8 +55,8 @@ MANIFEST = "manifest.json"
 class Guidance(NamedTuple):
     """How strongly a clip is guided where the user does not say."""
 
-    guidance_scale: float
-    identity_guidance_scale: float
+    guidance_scale: float  # by the prompt; up to 1, none
+    identity_guidance_scale: float  # by the person; 1, none
 
 
 BASE_GUIDANCE = Guidance(Job.guidance_scale, Job.identity_guidance_scale)

@@ -270,7 +270,7 @@ class MagicMirrorPipeline(CogVideoXPipeline):
         told = condition.attention_kwargs(num_copies=2 if with_text_guidance else 1)
         told |= {**(attention_kwargs or {}), "face_scale": face_scale}
         nobody = None
-        if identity_guidance_scale != 1 and face_scale != 0:
+        if identity_guidance_scale != 1:
             nobody = self.encode_identity(prompts, identity, face_scale, drop_identity=True)
             if with_text_guidance:
                 nobody = nobody._replace(prompt_embeds=embeds["negative_prompt_embeds"])
