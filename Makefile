@@ -42,8 +42,8 @@ tiny: $(VENV)/.installed ## the same with a tiny random model on real pictures: 
 	$(RUN) train.py experiment=stage1_image debug=tiny $(ARGS)
 	$(RUN) train.py experiment=stage2_video debug=tiny $(ARGS)
 
-test: install ## run the tests below the slow marker
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+test: install ## run the tests below the slow marker, two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,16 @@ SMALL = {
     "vae_channels": 8,
     "image_encoder_dim": 16,
 }
+
+# Ports that no process is given by chance (Linux gives those from 32768), a range for each pytest-xdist worker: a free
+# port that Lightning finds for itself may be taken by another worker before it is used.
+PORTS = itertools.count(20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test's processes, also those of its fixtures, meet at a port of its own."""
+    os.environ["MASTER_PORT"] = str(next(PORTS))
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,9 @@ def dry_overrides(stage: str) -> list[str]:
     """Batches that a few people can fill; two steps of everything."""
     shrunk = ["trainer.max_steps=2", "num_threads=1", "trainer.log_every_n_steps=1"]
     if stage in ADAPTERS:
-        return [*shrunk, "global_batch_size=2", "data.num_val_samples=2", "data.num_workers=0", "model.preview_steps=2"]
+        shrunk += ["global_batch_size=2", "data.num_val_samples=2", "data.num_workers=0", "model.preview_steps=2"]
+        generated = {"every_n_steps": 0, "num_people": 1, "num_inference_steps": 2}
+        return shrunk + [f"callbacks.generated.{name}={value}" for name, value in generated.items()]
     small = [*shrunk, "global_batch_size=8", "data.batch_size=8"]
     return small if stage == "clip" else [*small, "data.clip_batch_size=2"]
 
