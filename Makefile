@@ -31,8 +31,8 @@ data: $(VENV)/.installed ## the miniature's people -> shards with what the froze
 	$(RUN) -m mm_lightning.miniature.cache --num-references 2
 
 train: data ## install, then train the miniature's two stages and judge them on people never seen
-	$(RUN) train.py experiment=miniature_stage1 scale=0.085 $(ARGS)
-	$(RUN) train.py experiment=miniature_stage2 scale=0.085 $(ARGS)
+	$(RUN) train.py experiment=miniature_stage1 scale=0.06 $(ARGS)
+	$(RUN) train.py experiment=miniature_stage2 scale=0.06 $(ARGS)
 	$(RUN) -m mm_lightning.miniature.table --adapter outputs/miniature_stage2/latest/adapter --log-dir outputs/miniature_table/tensorboard
 	@$(RUN) -m mm_lightning.config outputs
 

@@ -84,9 +84,20 @@ def scaled(steps: int, scale: float) -> int:
     return max(1, round(steps * scale))
 
 
+def native_precision(accelerator: str) -> str:
+    """`bf16-mixed` where the device computes in bfloat16; `32-true` where it would emulate it.
+
+    A training step of the miniature in emulated bfloat16 takes twelve times as long as in single precision (AMD EPYC
+    with AVX2 alone, torch 2.14).
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    return "32-true" if on_cpu and not torch.cpu._is_avx512_bf16_supported() else "bf16-mixed"
+
+
 def register_resolvers() -> None:
     """`${accumulation:...}`, `${device_batch:...}`, `${micro_batches:steps,accumulated}`, `${folder_name:...}`,
-    `${scaled:steps,scale}`, `${chosen:group,overrides}`."""
+    `${scaled:steps,scale}`, `${native_precision:accelerator}`, `${chosen:group,overrides}`."""
+    OmegaConf.register_new_resolver("native_precision", native_precision, replace=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("scaled", scaled, replace=True)
     OmegaConf.register_new_resolver("device_batch", device_batch, replace=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mm_lightning.config import (
     list_results,
     log_hyperparameters,
     mark_latest,
+    native_precision,
     register_resolvers,
     short_errors,
 )
@@ -141,6 +143,31 @@ def test_folder_names_are_one_folder():
     name = folder_name("a/b\\c d:" * 100)
     assert len(name) <= 100
     assert not set(name) & set("/\\: ")
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "cuda", "native", "expected"),
+    [
+        ("cpu", False, True, "bf16-mixed"),
+        ("cpu", False, False, "32-true"),
+        ("cpu", True, False, "32-true"),
+        ("auto", False, False, "32-true"),
+        ("auto", True, False, "bf16-mixed"),
+        ("gpu", True, False, "bf16-mixed"),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_not_emulated(accelerator, cuda, native, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert native_precision(accelerator) == expected
+
+
+def test_the_processor_says_whether_it_knows_bfloat16():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    assert (native_precision("cpu") == "bf16-mixed") == ("avx512_bf16" in flags)
 
 
 # Checks

@@ -16,8 +16,10 @@ import hashlib
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import signal
@@ -248,7 +250,7 @@ def run_stage(settings: Settings, stage: Stage) -> None:
     write_receipt(settings, stage, seconds, done=False)
     start, code = time.monotonic(), None
     try:
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(settings), check=False).returncode
+        code = run_dry(command) if settings.dry else run_python(command)
     finally:
         seconds += time.monotonic() - start
         done = code in (0, JUDGED.get(stage.name, 0))
@@ -261,9 +263,37 @@ def run_stage(settings: Settings, stage: Stage) -> None:
     logger.info("%-9s %.0f s", stage.name, seconds)
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """Of a stage's process; what a dry build computes is too small to share between threads."""
-    return {**os.environ, **({"OMP_NUM_THREADS": "1"} if settings.dry else {})}
+def run_python(command: Sequence[str]) -> int:
+    """Status of `python COMMAND`."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+
+
+def run_dry(command: Sequence[str]) -> int | None:
+    """Status of `python COMMAND` in a copy of this process: its imports would take half of a dry build's time."""
+    if sys.platform != "linux":  # elsewhere processes are not copied safely, or not at all
+        return run_python(command)
+    for name in ("diffusers", "lightning", "mm_lightning.module", "mm_lightning.pipeline"):
+        importlib.import_module(name)
+    process = multiprocessing.get_context("fork").Process(target=run_here, args=(command,))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.terminate()
+    return process.exitcode
+
+
+def run_here(command: Sequence[str]) -> None:
+    """What `python COMMAND` does; on one thread, as a dry build's arithmetic is too small to be shared."""
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def seconds_so_far(settings: Settings, stage: Stage) -> float:

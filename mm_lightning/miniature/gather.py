@@ -3,7 +3,8 @@
     python -m mm_lightning.miniature.gather outputs/miniature_ablation
 
 looks for finished runs below the folders given, computes for each what `mm_lightning.miniature.table` prints (once; it
-is kept beside the run), and names the rows as the paper's Table 3 does, by what each run trained.
+is kept beside the run), and names the rows as the paper's Table 3 does, by what each run trained. An `ablations.json`
+that it wrote before, here or on another machine, may stand among the folders: its runs are counted in.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm_lightning.evaluation.ablation import (
     Cell,
-    Run,
     by_row,
     find_runs,
     is_current,
@@ -44,10 +44,19 @@ CONVERGENCE = ("full", "F without CAN")
 CURVE_TAG = "val/loss/velocity"
 
 
+class Judged(NamedTuple):
+    """A finished run."""
+
+    row: str
+    seed: int
+    figures: dict[str, float]  # NaN where unknown
+    curve: list[list[float]]  # [step, denoising loss of the validation]
+
+
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-def gather(runs: Sequence[Path], judge: Callable[[Path], dict[str, Any]]) -> list[Run]:
+def gather(runs: Sequence[Path], judge: Callable[[Path], dict[str, Any]]) -> list[Judged]:
     """Every run with its row, seed and figures; `judge` gives what results.json holds."""
     gathered = []
     for folder in runs:
@@ -57,16 +66,50 @@ def gather(runs: Sequence[Path], judge: Callable[[Path], dict[str, Any]]) -> lis
             continue
         file = folder / "table/results.json"
         results = json.loads(file.read_text()) if is_current(folder, file) else judge(folder)
-        found = results["rows"][one_table.FULL]
-        values = {name: math.nan if found.get(name) is None else found[name] for name in FIGURES}
-        gathered.append(Run(folder, row, int(settings["seed"]), values))
+        figures = known(results["rows"][one_table.FULL])
+        gathered.append(Judged(row, int(settings["seed"]), figures, read_curve(folder)))
     return gathered
+
+
+def known(figures: Mapping[str, float | None]) -> dict[str, float]:
+    """Those of this table; what JSON calls null is NaN."""
+    return {name: math.nan if figures.get(name) is None else figures[name] for name in FIGURES}
+
+
+def read_table(file: Path) -> list[Judged]:
+    """The runs of a table that was written before.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        runs = json.loads(file.read_text())["runs"]
+        return [Judged(run["row"], run["seed"], known(run["figures"]), run["curve"]) for run in runs]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no ablations.json of `python -m mm_lightning.miniature.gather` ({error!r})."
+        ) from error
+
+
+def one_of_seed(runs: Sequence[Judged]) -> list[Judged]:
+    """One run of each row and seed, the last."""
+    return list({(run.row, run.seed): run for run in runs}.values())
+
+
+def read_curve(run: Path) -> list[list[float]]:
+    """Steps and values of the validation's denoising loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars(CURVE_TAG) if CURVE_TAG in events.Tags()["scalars"] else []
+    return [[scalar.step, scalar.value] for scalar in scalars]
 
 
 # Table ----------------------------------------------------------------------------------------------------------------
 
 
-def format_table(rows: dict[str, list[Run]]) -> str:
+def format_table(rows: dict[str, list[Judged]]) -> str:
     """Markdown: mean ± standard deviation over seeds."""
     lines = ["| row | seeds | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 2) + "|"]
     for row, runs in rows.items():
@@ -78,17 +121,7 @@ def format_table(rows: dict[str, list[Run]]) -> str:
 # Plot -----------------------------------------------------------------------------------------------------------------
 
 
-def read_curve(run: Path) -> tuple[list[int], list[float]]:
-    """Steps and values of the validation's denoising loss."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    scalars = events.Scalars(CURVE_TAG) if CURVE_TAG in events.Tags()["scalars"] else []
-    return [scalar.step for scalar in scalars], [scalar.value for scalar in scalars]
-
-
-def draw(rows: dict[str, list[Run]]) -> bytes:
+def draw(rows: dict[str, list[Judged]]) -> bytes:
     """A panel for each figure, bars with the spread, and the convergence with and without CAN; SVG."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -115,10 +148,10 @@ def draw_bars(axes: Any, cells: dict[str, Cell]) -> None:
     axes.invert_yaxis()
 
 
-def draw_convergence(axes: Any, rows: dict[str, list[Run]]) -> None:
+def draw_convergence(axes: Any, rows: dict[str, list[Judged]]) -> None:
     for row, colour in zip(CONVERGENCE, ("#2b6cb0", "#c05621"), strict=True):
         for i, run in enumerate(rows.get(row, [])):
-            steps, values = read_curve(run.folder)
+            steps, values = [step for step, _ in run.curve], [value for _, value in run.curve]
             axes.plot(steps, values, color=colour, linewidth=1, label="with CAN" if i == 0 and row == "full" else None)
             if i == 0 and row != "full":
                 axes.lines[-1].set_label("without CAN")
@@ -147,7 +180,7 @@ def judge_with(options: argparse.Namespace) -> Callable[[Path], dict[str, Any]]:
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     table_parser, defaults = one_table.parse([])
     parser = argparse.ArgumentParser(prog="python -m mm_lightning.miniature.gather", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="where to look for runs")
+    parser.add_argument("folders", nargs="+", type=Path, help="where to look for runs, or earlier ablations.json")
     parser.add_argument("--out", type=Path, default=Path("outputs/miniature_ablation_table"))
     for name in ("people", "model", "num_people", "steps", "guidance", "work", "device", "workers"):
         default = getattr(defaults, name)
@@ -160,15 +193,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser, options = parse(arguments)
     try:
-        rows = by_row(gather(find_runs(options.folders), judge_with(options)))
+        told = [run for given in options.folders if given.is_file() for run in read_table(given)]
+        folders = [given for given in options.folders if not given.is_file()]
+        runs = one_of_seed([*told, *gather(find_runs(folders), judge_with(options))])
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+    rows = by_row(runs)
     text = format_table(rows)
     options.out.mkdir(parents=True, exist_ok=True)
     write_bytes(options.out / "ablations.md", text.encode())
     write_bytes(options.out / "ablations.svg", draw(rows))
     cells = {row: {name: summarize(runs, name)._asdict() for name in FIGURES} for row, runs in rows.items()}
-    write_json(options.out / "ablations.json", without_nan(cells))
+    write_json(options.out / "ablations.json", without_nan({"table": cells, "runs": [run._asdict() for run in runs]}))
     print(text)
     print(f"Table, plot and figures: {options.out}")
 

@@ -350,6 +350,25 @@ def test_curves_show_the_validation_loss(tmp_path):
     assert draw_curves({"vae": [curve], "clip": []}) == drawn
 
 
+# Dry
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("-m", "mm_lightning.config", "nowhere"), 0),
+        (("-m", "mm_lightning.miniature.table", "--nothing"), 2),
+        (("-m", "mm_lightning.miniature.cache", "--people", "nowhere"), 1),
+        (("train.py", "experiment=nothing"), 1),
+        (("train.py", "--cfg", "job"), 0),
+    ],
+)
+def test_a_dry_stage_ends_as_its_command_does(arguments, status):
+    assert command.run_dry(arguments) == status
+    assert command.run_python(arguments) == status
+    assert Path(sys.argv[0]).name not in ("config.py", "train.py")
+
+
 # Everything
 
 

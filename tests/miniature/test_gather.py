@@ -48,8 +48,8 @@ def test_the_command_writes_table_plot_and_figures(runs, tmp_path, capsys):
     assert lines[3].startswith("| full | 0, 1 | 0.500 ± 0.141 |")
     assert len(lines) == 4
     stored = json.loads((tmp_path / "out/ablations.json").read_text())
-    assert stored["full"]["text"]["mean"] is None
-    assert stored["full"]["top1"]["count"] == 2
+    assert stored["table"]["full"]["text"]["mean"] is None
+    assert stored["table"]["full"]["top1"]["count"] == 2
     svg = (tmp_path / "out/ablations.svg").read_text()
     ElementTree.fromstring(svg)
     for words in ("FM_inter", "full", "F without CAN", "with CAN", "without CAN", "denoising loss"):
@@ -77,6 +77,34 @@ def test_the_same_runs_give_the_same_picture(runs):
     rows = by_row(gather(find_runs([runs]), pytest.fail))
     assert draw(rows) == draw(rows)
     assert format_table(rows).count("\n") == 4
+
+
+def test_an_earlier_table_counts_in(runs, tmp_path):
+    """The table of some seeds and the runs of others give what all runs together would."""
+    command.main([str(runs), f"--out={tmp_path / 'together'}"])
+    command.main([str(runs / "full-0"), str(runs / "f"), f"--out={tmp_path / 'some'}"])
+    earlier = tmp_path / "some/ablations.json"
+    command.main([str(earlier), str(runs / "full-1"), f"--out={tmp_path / 'added'}"])
+    command.main([str(earlier), f"--out={tmp_path / 'again'}"])
+    for name in ("ablations.md", "ablations.svg"):
+        assert (tmp_path / "added" / name).read_bytes() == (tmp_path / "together" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "some" / name).read_bytes()
+
+
+def test_a_run_counts_once_and_instead_of_the_earlier_table(runs, tmp_path, capsys):
+    command.main([str(runs / "f"), f"--out={tmp_path / 'out'}"])
+    write_table(runs / "f/stage2", top1=0.9)
+    command.main([str(runs / "f"), str(tmp_path / "out/ablations.json"), f"--out={tmp_path / 'out'}"])
+    assert capsys.readouterr().out.count("| F without CAN | 0 | 0.900 |") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"runs": [{"row": "full"}]}'])
+def test_another_file_is_told(text, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        command.main([str(file)])
+    assert f"{file} is no ablations.json" in capsys.readouterr().err
 
 
 def test_no_run_is_told(tmp_path, capsys):
