@@ -158,11 +158,12 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
 # Parts that run side by side
 
 
-def test_parts_are_judged_at_the_same_time_and_a_plain_run_finishes(videos, out, tmp_path):
-    """Two processes of Hydra's joblib launcher; the plain run is the command that they name."""
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
+def test_parts_are_judged_at_the_same_time_and_a_plain_run_finishes(launcher, videos, out, tmp_path):
+    """Two processes of a launcher of Hydra's; the plain run is the command that they name."""
     given = [f"+videos.real={videos}", f"out={tmp_path}/new", "detector=dlib"]
-    launcher = ["--multirun", "part=0,1", "num_parts=2", "hydra/launcher=joblib", f"hydra.sweep.dir={tmp_path}/log"]
-    done = evaluate(*launcher, *given)
+    parts = ["--multirun", "part=0,1", "num_parts=2", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}/log"]
+    done = evaluate(*parts, *given)
     assert done.returncode == 0, done.stderr
     judged = {folder.name: folder.stat().st_mtime_ns for folder in (tmp_path / "new/judged").iterdir()}
     assert set(judged) == {folder.name for folder in (out / "judged").iterdir()}
