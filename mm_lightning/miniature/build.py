@@ -250,7 +250,7 @@ def run_stage(settings: Settings, stage: Stage) -> None:
     write_receipt(settings, stage, seconds, done=False)
     start, code = time.monotonic(), None
     try:
-        code = run_dry(command) if settings.dry else run_python(command)
+        code = (run_dry if can_copy(settings) else run_python)(command)
     finally:
         seconds += time.monotonic() - start
         done = code in (0, JUDGED.get(stage.name, 0))
@@ -268,10 +268,13 @@ def run_python(command: Sequence[str]) -> int:
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
 
 
+def can_copy(settings: Settings) -> bool:
+    """Whether stages may be copies of this process; elsewhere than on Linux that is not safe, nor is it with CUDA."""
+    return settings.dry and settings.device == "cpu" and sys.platform == "linux"
+
+
 def run_dry(command: Sequence[str]) -> int | None:
     """Status of `python COMMAND` in a copy of this process: its imports would take half of a dry build's time."""
-    if sys.platform != "linux":  # elsewhere processes are not copied safely, or not at all
-        return run_python(command)
     for name in ("diffusers", "lightning", "mm_lightning.module", "mm_lightning.pipeline"):
         importlib.import_module(name)
     process = multiprocessing.get_context("fork").Process(target=run_here, args=(command,))

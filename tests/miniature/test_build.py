@@ -369,6 +369,13 @@ def test_a_dry_stage_ends_as_its_command_does(arguments, status):
     assert Path(sys.argv[0]).name not in ("config.py", "train.py")
 
 
+def test_only_a_dry_build_on_the_cpu_copies_itself(settings):
+    dry = dataclasses.replace(settings, dry=True)
+    assert command.can_copy(dry) == (sys.platform == "linux")
+    assert not command.can_copy(settings)
+    assert not command.can_copy(dataclasses.replace(dry, device="cuda"))
+
+
 # Everything
 
 
