@@ -88,7 +88,7 @@ def native_precision(accelerator: str) -> str:
     """`bf16-mixed` where the device computes in bfloat16; `32-true` where it would emulate it.
 
     A training step of the miniature in emulated bfloat16 takes twelve times as long as in single precision (AMD EPYC
-    with AVX2 alone, torch 2.14).
+    with AVX2 alone, torch 2.13).
     """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     return "32-true" if on_cpu and not torch.cpu._is_avx512_bf16_supported() else "bf16-mixed"

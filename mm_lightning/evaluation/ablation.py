@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import yaml
 
@@ -62,6 +62,19 @@ class Run(NamedTuple):
     row: str
     seed: int
     figures: dict[str, float]  # NaN where unknown; empty where it has not been judged
+
+
+class HasFigures(Protocol):
+    """What a table's row and its cells are made of; a `Run` is one."""
+
+    @property
+    def row(self) -> str: ...
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+
+OneRun = TypeVar("OneRun", bound=HasFigures)
 
 
 class Cell(NamedTuple):
@@ -148,14 +161,14 @@ def is_current(run: Path, results: Path) -> bool:
     return results.is_file() and results.stat().st_mtime >= adapter.stat().st_mtime
 
 
-def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def by_row(runs: Sequence[OneRun]) -> dict[str, list[OneRun]]:
     """Rows in the paper's order, then the others."""
     others = sorted({run.row for run in runs} - set(PAPER_ROWS.values()))
     names = [row for row in PAPER_ROWS.values() if any(run.row == row for run in runs)] + others
     return {name: [run for run in runs if run.row == name] for name in names}
 
 
-def summarize(runs: Sequence[Run], name: str) -> Cell:
+def summarize(runs: Sequence[HasFigures], name: str) -> Cell:
     """Mean and standard deviation over the runs in which the figure is known."""
     values = [value for run in runs if not math.isnan(value := run.figures.get(name, math.nan))]
     if not values:
