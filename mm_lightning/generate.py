@@ -34,13 +34,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from mm_lightning.backbone import COMPONENTS, check_base
 from mm_lightning.checkpoint import replace_path
 from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
 from mm_lightning.encoders.photos import load_photo
 from mm_lightning.files import write_json
 from mm_lightning.jobs import Job, check_jobs, name_jobs, part_of, read_jobs
 from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
-from mm_lightning.pipeline import MagicMirrorPipeline
+from mm_lightning.pipeline import MagicMirrorPipeline, find_vision
+from mm_lightning.provenance import describe_component, describe_vision
 
 logger = logging.getLogger(__name__)
 
@@ -295,11 +297,16 @@ def default_guidance(base: str | None) -> Guidance:
     return MINIATURE_GUIDANCE if base is None else BASE_GUIDANCE
 
 
+def named_weights(options: argparse.Namespace) -> tuple[str | Path, str | Path | None]:
+    """Base and adapter."""
+    if options.base is None:
+        return MINIATURE / "model", options.adapter or MINIATURE / "adapter"
+    return options.base, options.adapter
+
+
 def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:
     """The weights named, or the miniature's; raises what `MagicMirrorPipeline.from_pretrained` raises."""
-    base, adapter = options.base, options.adapter
-    if base is None:
-        base, adapter = MINIATURE / "model", adapter or MINIATURE / "adapter"
+    base, adapter = named_weights(options)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     pipeline = MagicMirrorPipeline.from_pretrained(
@@ -316,9 +323,14 @@ def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:
 
 
 def describe_weights(pipeline: MagicMirrorPipeline, options: argparse.Namespace) -> dict[str, Any]:
+    """For the record: a video is made anew where any of them was trained again."""
+    base, _ = named_weights(options)
+    vision = find_vision(check_base(base, components=()), options.vision, pipeline.record)
+    parts = {name: describe_component(base, name) for name in COMPONENTS} | {"image_encoder": describe_vision(vision)}
     adapter = Path(pipeline.adapter_folder) / "adapter.safetensors"
     return {
         "base": pipeline.record["base"],
+        "weights": {name: part.get("weights") for name, part in parts.items()},
         "adapter": {"sha256": sha256(adapter)},
         "detector": pipeline.detector.info["name"],
         "recognizer": pipeline.face_encoder.recognizer.name,

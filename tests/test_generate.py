@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mm_lightning import generate
 from mm_lightning.credentials import make_certificates, read_mark
@@ -114,6 +116,20 @@ def test_what_is_there_is_kept_and_other_settings_make_it_anew(run):
     assert (run(*arguments) / "she.mp4").stat().st_mtime_ns == made
     assert (run(*arguments, "--seed", "1") / "she.mp4").stat().st_mtime_ns > made
     assert len(json.loads((video.parent / "manifest.json").read_text())) == 1
+
+
+def test_a_base_that_was_trained_again_makes_it_anew(run, tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    arguments = ["--prompt", "A woman img smiles", "--name", "she", "--base", str(base)]
+    record = run(*arguments) / "she.json"
+    before, made = json.loads(record.read_text())["weights"], record.stat().st_mtime_ns
+    assert set(before) == {"transformer", "vae", "text_encoder", "image_encoder"}
+    [vae] = (base / "vae").glob("*.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in load_file(vae).items()}, vae, metadata={"format": "pt"})
+    run(*arguments)
+    after = json.loads(record.read_text())["weights"]
+    assert record.stat().st_mtime_ns > made
+    assert {name for name in after if after[name] != before[name]} == {"vae"}
 
 
 def test_several_prompts_and_seeds(run):

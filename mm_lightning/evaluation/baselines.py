@@ -28,6 +28,7 @@ from mm_lightning.credentials import Signing, read_signing
 from mm_lightning.encoders.photos import load_photo
 from mm_lightning.generate import Generator
 from mm_lightning.jobs import Job, check_jobs, name_jobs, read_jobs
+from mm_lightning.provenance import fingerprint
 
 METHODS: dict[str, type[DiffusionPipeline]] = {
     "cogvideox": CogVideoXPipeline,
@@ -150,6 +151,7 @@ def run(options: argparse.Namespace) -> list[Path]:
     conditions = {"cogvideox": lambda: nobody, "cogvideox_i2v": lambda: first_frame}
     conditions["consisid"] = lambda: consisid_condition(Path(options.base), options.device, dtype)
     made_with = {"method": options.method, "base": str(options.base), "dtype": options.dtype}
+    made_with |= fingerprint(sorted(Path(options.base).rglob("*.safetensors")))
     signing = None if options.unsigned else read_signing()
     return Baseline(pipeline, options.out, made_with, conditions[options.method](), signing, options.fps).run(jobs)
 

@@ -40,7 +40,8 @@ from mm_lightning.files import write_json
 from mm_lightning.miniature.layout import KINDS, SPLITS, StoredSample, read_index, read_tar, set_digest
 from mm_lightning.miniature.queries import RECOGNIZER, Queries, load_queries
 from mm_lightning.prepare.shards import INDEX_NAME, OFFSETS_SUFFIX, TarWriter, to_bytes
-from mm_lightning.prepare.stages.cache import PARTS, describe_cache, describe_recognizer, shown
+from mm_lightning.prepare.stages.cache import PARTS, describe_cache, shown
+from mm_lightning.provenance import describe_recognizer
 
 logger = logging.getLogger(__name__)
 

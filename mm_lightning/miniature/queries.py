@@ -91,7 +91,7 @@ def write_statistics(people: Path, file: Path = DLIB_STATISTICS) -> None:
 
 def embed_split(split: Path) -> None:
     """Writes `{split}/queries.safetensors`."""
-    from mm_lightning.prepare.stages.cache import describe_recognizer  # takes seconds, and every renderer imports this
+    from mm_lightning.provenance import describe_recognizer  # takes seconds, and every renderer imports this
 
     file, digest = split / QUERIES_NAME, set_digest(split / "images")
     if file.is_file() and read_queries(file)[1]["images"] == digest:

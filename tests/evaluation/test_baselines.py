@@ -20,6 +20,7 @@ from mm_lightning.evaluation.baselines import Baseline, first_frame, main
 from mm_lightning.evaluation.clips import read_clip
 from mm_lightning.evaluation.manifest import read_manifest
 from mm_lightning.jobs import Job
+from mm_lightning.provenance import fingerprint
 
 FAST = ["--num-inference-steps", "2", "--height", "32", "--width", "32", "--dtype", "float32", "--device", "cpu"]
 
@@ -60,6 +61,8 @@ def test_text_to_video_is_diffusers_own(tiny_folder, jobs, tmp_path):
     assert frames.shape == (5, 32, 32, 3)
     assert np.abs(frames.mean((1, 2)) - 255 * expected[-5:].mean((1, 2))).max() < 8  # of 255, through H.264
     assert (entry.identity, entry.prompt) == ("her", "A woman img smiles")
+    record = json.loads(entry.video.with_suffix(".json").read_text())
+    assert record["weights"] == fingerprint(sorted(tiny_folder.rglob("*.safetensors")))["weights"]
 
 
 def test_image_to_video_starts_from_the_photo(i2v_folder, jobs, tmp_path):

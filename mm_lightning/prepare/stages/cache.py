@@ -14,23 +14,22 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mm_lightning.backbone import COMPONENTS, Backbone, base_name, check_base, read_json
+from mm_lightning.backbone import Backbone, check_base, read_json
 from mm_lightning.encoders.face import FaceFeatureEncoder, check_vision, load_vision
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import check_recognizer, load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
 from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.identity import one_thread
+from mm_lightning.provenance import describe_component, describe_recognizer, describe_vision
 
 PARTS = ("latents", "text", "face")
-PROBES, PROBE_BYTES = 16, 65536  # of a weight file
 
 
 class CacheTensors:
@@ -164,6 +163,8 @@ def describe_cache(
     records = {}
     for part in check_parts(what):
         if part == "face":
+            if vision is None or recognizer is None:
+                raise ValueError("The face cache needs to know its networks: give `vision` and `recognizer`.")
             records[part] = describe_vision(vision) | describe_recognizer(recognizer, root)
         else:
             component = {"latents": "vae", "text": "text_encoder"}[part]
@@ -195,29 +196,6 @@ def expected_cache(
         with suppress(FileNotFoundError, ValueError):
             records |= describe_cache(base, vision, recognizer, [part], dtype, extra_identity_words, root)
     return records
-
-
-def describe_component(base: str, component: str) -> dict[str, Any]:
-    folder = check_base(base, components=()) / component
-    record = {"model": f"{base_name(base)}/{component}", "config_sha256": config_sha256(folder / "config.json")}
-    return record | fingerprint(sorted(folder.glob(f"{COMPONENTS[component]}*.safetensors")))
-
-
-def describe_vision(vision: str | None) -> dict[str, Any]:
-    if vision is None:
-        raise ValueError("The face cache needs to know the vision encoder: give `vision`.")
-    path = check_vision(vision)
-    if path.is_file():
-        return {"model": path.name, "config_sha256": None, **fingerprint([path])}
-    record = {"model": path.resolve().name, "config_sha256": config_sha256(path / "config.json")}
-    return record | fingerprint(sorted(path.glob("model*.safetensors")))
-
-
-def describe_recognizer(recognizer: str | None, root: str) -> dict[str, Any]:
-    if recognizer is None:
-        raise ValueError("The face cache needs to know the recogniser: give `recognizer`.")
-    path = check_recognizer(recognizer, root)
-    return {"recognizer": path.stem, "recognizer_weights": fingerprint([path])["weights"]}
 
 
 def shown(seen: Any, part: str) -> dict[str, Any]:
@@ -282,27 +260,3 @@ def as_stored(sample: Sample) -> dict[str, Any]:
     stored = {"__key__": sample.key, sample.extension: sample.data, "json": json.dumps(sample.meta).encode()}
     fields = {name: data for name, data in sample.fields.items() if not name.endswith(".safetensors")}
     return stored | {"txt": (sample.caption or "").encode()} | fields
-
-
-def config_sha256(file: Path) -> str:
-    """Of what the config says, without the release that wrote it and where it lay."""
-    config = {name: value for name, value in read_json(file).items() if not name.startswith(("_", "transformers_"))}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(files: list[Path]) -> dict[str, str]:
-    """{"weights": digest} of the files' sizes and of blocks spread over them; {} where there is none.
-
-    Retraining changes every tensor, so samples of the bytes tell; reading all of T5 would take a minute.
-    """
-    if not files:
-        return {}
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{size}".encode())
-        with file.open("rb") as stream:
-            for i in range(PROBES):
-                stream.seek(i * max(0, size - PROBE_BYTES) // max(1, PROBES - 1))
-                digest.update(stream.read(PROBE_BYTES))
-    return {"weights": f"sha256:{digest.hexdigest()[:32]}"}
