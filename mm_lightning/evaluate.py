@@ -144,7 +144,7 @@ class Evaluation:
                 numbers.setdefault(entry.identity, len(numbers))
         clips, estimates, rates = [], {}, {}
         for method, entries in methods.items():
-            judged = [self.judge(entry) for entry in tqdm(entries, desc=method, unit="video")]
+            judged = judge_all(self.judge, entries, method)
             figures = face_figures(judged, [numbers[entry.identity] for entry in entries])
             figures |= {name: [video.values[name] for video in judged] for name in judged[0].values}
             pairs = enumerate(zip(entries, judged, strict=True))
@@ -159,6 +159,24 @@ class Evaluation:
         results |= {} if self.cost is None else {"cost": self.cost.as_dict()}
         write_results(results, estimates, out)
         return results
+
+
+def judge_all(judge: Judge, entries: Sequence[Entry], title: str) -> list[Judged]:
+    """In order, with a progress bar.
+
+    Raises:
+        ValueError: some cannot be judged; all of these are named, once the others are judged and kept.
+    """
+    judged, failures = [], []
+    for entry in tqdm(entries, desc=title, unit="video"):
+        try:
+            judged.append(judge(entry))
+        except ValueError as error:
+            failures.append(str(error))
+    if failures:
+        told = f"{len(failures)} of {len(entries)} videos cannot be judged; what was found in the others is kept."
+        raise ValueError("\n  ".join([f"{told} Mend these, or take them out of the manifest:", *failures]))
+    return judged
 
 
 def describe_clip(
@@ -287,9 +305,7 @@ def judge_part(cfg: DictConfig) -> int:
     """
     entries = part_of(read_methods(cfg.videos), cfg.part, cfg.num_parts)
     judge = make_judge(cfg)
-    for entry in tqdm(entries, desc=f"part {cfg.part}", unit="video"):
-        judge(entry)
-    return len(entries)
+    return len(judge_all(judge, entries, f"part {cfg.part}"))
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

@@ -361,6 +361,19 @@ def test_references_without_a_face_are_named(videos, tmp_path):
         run_here(f"+videos.ours={tmp_path}", f"out={tmp_path}/o")
 
 
+def test_all_that_cannot_be_judged_is_named_and_the_others_are_kept(videos, tmp_path):
+    (tmp_path / "her.png").write_bytes((videos / "her.png").read_bytes())
+    whole = (videos / "own.mp4").read_bytes()
+    for name, length in (("a", 400), ("b", len(whole)), ("c", 300)):
+        (tmp_path / f"{name}.mp4").write_bytes(whole[:length])
+    entries = [{"video": f"{name}.mp4", "prompt": "A", "references": ["her.png"]} for name in "abc"]
+    (tmp_path / "manifest.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 videos cannot.*a\.mp4 cannot be.*c\.mp4 cannot be decoded"):
+        run_here(f"+videos.ours={tmp_path}", f"out={tmp_path}/o", f"cache={tmp_path}/cache")
+    assert len(list((tmp_path / "cache").glob("*/values.json"))) == 1
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_video_that_cannot_be_decoded_is_named(videos, tmp_path):
     (tmp_path / "her.png").write_bytes((videos / "her.png").read_bytes())
     (tmp_path / "a.mp4").write_bytes((videos / "own.mp4").read_bytes()[:400])
