@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,18 +29,19 @@ from callbacks.ema import averaged_weights
 from callbacks.every_n_steps import EveryNSteps
 from callbacks.tensorboard_media import evaluation
 from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, sample_frames, to_uint8
-from mm_lightning.metrics.color_drift import ColorDrift
 from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
 from mm_lightning.metrics.face_motion_inter import FaceMotionInter
 from mm_lightning.metrics.face_motion_ref import FaceMotionRef
+from mm_lightning.metrics.id_distance import AverageIDDistance
 from mm_lightning.metrics.id_similarity import AverageIDSimilarity, frame_similarity
+from mm_lightning.metrics.identity_retrieval import IdentityRetrieval
 from mm_lightning.metrics.similarity_decay import SimilarityDecay
+from mm_lightning.metrics.text_alignment import TextAlignment
 from mm_lightning.types import Batch, FaceFeatures, ReferenceFaces, VideoFaces
 
 logger = logging.getLogger(__name__)
 
 FRAMES_SHOWN, HEIGHT = 6, 128
-FACES_ALONE = ("face_found", "fm_inter")  # metrics that look at no reference
 BEST = ("similarity", "fm_inter")
 
 
@@ -60,6 +61,7 @@ class Person(NamedTuple):
     photos: list[NDArray[np.uint8]]  # R, each (S, S, 3)
     features: FaceFeatures  # a batch of one, on the CPU
     references: ReferenceFaces  # a batch of one
+    number: int = 0  # among the people
 
 
 class Generated(NamedTuple):
@@ -77,9 +79,10 @@ class GeneratedValidation(EveryNSteps):
     Weights, text encoder and VAE are the module's own (`pl_module.build_pipeline()`), with averaged weights where there
     are some, in evaluation mode, and without touching training's random state. All ranks generate, each its share.
 
-    Loggers get `validation/*`: similarity, decay, face_found, fm_ref, fm_inter, colour_drift. TensorBoard also gets an
-    animation of all videos with the references beside, a contact sheet and the similarity over the frames. The best
-    adapter, by similarity among those that move enough, is kept in a folder of its own.
+    Loggers get `validation/*`: similarity, distance, decay, face_found, top1 (among the K people, of chance 1 / K),
+    fm_ref, fm_inter, and the names of `video_metrics`. TensorBoard also gets an animation of all videos with the
+    references beside, a contact sheet and the similarity over the frames. The best adapter, by similarity among those
+    that move enough, is kept in a folder of its own.
 
     Args:
         face_reader: finds and embeds faces.
@@ -89,7 +92,8 @@ class GeneratedValidation(EveryNSteps):
         prompts: of each person; None takes the caption of its validation sample.
         num_frames: 4k+1.
         height, width: pixels; None takes the base's own.
-        num_inference_steps, guidance_scale, face_scale: see `MagicMirrorPipeline`.
+        num_inference_steps, guidance_scale, face_scale, identity_guidance_scale: see `MagicMirrorPipeline`.
+        video_metrics: name -> metric of whole videos; `TextAlignment` is given the prompts too. None is none.
         seed: of the noise, the same at every look.
         best_folder: of the best adapter; None keeps none.
         min_motion: FM_inter that the best adapter must reach; still videos are easily alike.
@@ -109,6 +113,8 @@ class GeneratedValidation(EveryNSteps):
         num_inference_steps: int = 25,
         guidance_scale: float = 6.0,
         face_scale: float = 1.0,
+        identity_guidance_scale: float = 1.0,
+        video_metrics: Mapping[str, Metric | None] | None = None,
         seed: int = 0,
         best_folder: str | None = None,
         min_motion: float = 0.2,
@@ -122,6 +128,9 @@ class GeneratedValidation(EveryNSteps):
         self.sampling = {"num_frames": num_frames, "num_inference_steps": num_inference_steps}
         self.sampling |= {"height": height, "width": width}
         self.sampling |= {"guidance_scale": guidance_scale, "face_scale": face_scale}
+        self.sampling |= {"identity_guidance_scale": identity_guidance_scale}
+        given = dict(video_metrics or {})
+        self.video_metrics = {name: metric for name, metric in given.items() if metric is not None}
         self.seed, self.fps, self.min_motion = seed, fps, min_motion
         self.best_folder = None if best_folder is None else Path(best_folder)
         self.best: dict[str, float] | None = None
@@ -155,13 +164,13 @@ class GeneratedValidation(EveryNSteps):
             chosen = [i for i in range(len(batch.keys)) if (num_seen + i) % self.stride == 0]
             num_seen += len(batch.keys)
             for i in chosen:
-                person = self.make_person(batch, features, i)
+                person = self.make_person(batch, features, i, len(people))
                 people += [] if person is None else [person]
                 if len(people) == self.num_people:
                     return people
         return people
 
-    def make_person(self, batch: Batch, features: FaceFeatures, index: int) -> Person | None:
+    def make_person(self, batch: Batch, features: FaceFeatures, index: int, number: int) -> Person | None:
         """None where no reference shows a face."""
         present = batch.reference_mask[index]
         if not batch.keys[index] or not present.any():
@@ -171,7 +180,7 @@ class GeneratedValidation(EveryNSteps):
         if not references.mask.any():
             return None
         own = FaceFeatures(*(tensor[index : index + 1] for tensor in features))
-        return Person(batch.keys[index], batch.captions[index], photos, own, references)
+        return Person(batch.keys[index], batch.captions[index], photos, own, references, number)
 
     def shots(self) -> list[tuple[Person, str]]:
         return [(person, prompt) for person in self.people for prompt in self.prompts or (person.caption,)]
@@ -224,8 +233,9 @@ class GeneratedValidation(EveryNSteps):
 
     def judge(self, generated: Sequence[Generated], device: torch.device) -> dict[str, float]:
         """Means over all ranks' videos; what is known of none is left out."""
-        metrics = make_metrics()
+        metrics = face_metrics() | self.video_metrics
         for metric in metrics.values():
+            metric.reset()
             metric.to(device)
         for video in generated:
             update_metrics(metrics, video, device)
@@ -255,23 +265,33 @@ class GeneratedValidation(EveryNSteps):
                 writer.flush()
 
 
-def make_metrics() -> dict[str, Metric]:
+def face_metrics() -> dict[str, Metric]:
     return {
         "similarity": AverageIDSimilarity(),
+        "distance": AverageIDDistance(),
         "decay": SimilarityDecay(),
         "face_found": FaceDetectionRate(),
+        "top1": IdentityRetrieval(),
         "fm_ref": FaceMotionRef(),
         "fm_inter": FaceMotionInter(),
-        "colour_drift": ColorDrift(),
     }
 
 
-def update_metrics(metrics: dict[str, Metric], video: Generated, device: torch.device) -> None:
+def update_metrics(metrics: Mapping[str, Metric], video: Generated, device: torch.device) -> None:
     faces, references = move_data_to_device((video.faces, video.person.references), device)
     pixels = torch.from_numpy(video.frames).movedim(-1, 1)[None].to(device).float() / 127.5 - 1
-    for name, metric in metrics.items():
-        given = (pixels,) if name == "colour_drift" else (faces,) if name in FACES_ALONE else (faces, references)
-        metric.update(*given)
+    for metric in metrics.values():
+        match metric:
+            case IdentityRetrieval():
+                metric.update(faces, references, torch.tensor([video.person.number], device=device))
+            case FaceDetectionRate() | FaceMotionInter():
+                metric.update(faces)
+            case AverageIDSimilarity() | AverageIDDistance() | SimilarityDecay() | FaceMotionRef():
+                metric.update(faces, references)
+            case TextAlignment():
+                metric.update(pixels, [video.prompt])
+            case _:
+                metric.update(pixels)
 
 
 def similarity_figure(generated: Sequence[Generated]) -> Figure:

@@ -6,6 +6,7 @@ import math
 import av
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hydra.utils import instantiate
 from lightning import Trainer
@@ -17,17 +18,26 @@ from callbacks.generated_validation import Generated, GeneratedValidation, Perso
 from mm_lightning.adapters.weights import read_adapter_config
 from mm_lightning.checkpoint import trainable_state_dict
 from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.metrics.color_drift import ColorDrift
+from mm_lightning.metrics.dynamic_degree import DynamicDegree
+from mm_lightning.metrics.motion_smoothness import MotionSmoothness
+from mm_lightning.metrics.text_alignment import TextAlignment
 from mm_lightning.prepare.samples import packaged_file
 from tests.callbacks.test_ema import TrainableEMA
+from tests.metrics.drawn import ColorsAndLetters
 from tests.runs import compose_train, small_overrides
 from tests.toy import assert_same
 
-SCALARS = {"face_found", "colour_drift"}  # what is known of noise without faces
+SCALARS = {"face_found", "top1", "colour_drift", "dynamic_degree", "smoothness"}  # what is known of noise without faces
 
 
 @pytest.fixture(scope="module")
 def reader():
     return FaceReader("dlib", "dlib")
+
+
+def of_videos():
+    return {"colour_drift": ColorDrift(), "dynamic_degree": DynamicDegree(), "smoothness": MotionSmoothness()}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +61,7 @@ def train(tiny_folder, sample_shards, reader, tmp_path_factory):
 @pytest.fixture(scope="module")
 def looked(train, reader):
     options = {"num_people": 2, "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
-    callback = GeneratedValidation(reader, every_n_steps=2, **options)
+    callback = GeneratedValidation(reader, every_n_steps=2, video_metrics=of_videos(), **options)
     return callback, *train(callback)
 
 
@@ -103,13 +113,36 @@ def talking(reader):
 
 
 def test_a_real_video_in_figures(reader, talking):
-    callback = GeneratedValidation(reader)
+    callback = GeneratedValidation(reader, video_metrics=of_videos())
     moving, still = (callback.judge([talking[name]], torch.device("cpu")) for name in ("moving", "still"))
     assert moving["similarity"] > 0.95
     assert moving["fm_inter"] > still["fm_inter"] == 0
-    assert still["colour_drift"] == still["decay"] == 0
+    assert still["colour_drift"] == still["decay"] == still["dynamic_degree"] == still["smoothness"] == 0
+    assert 0 < moving["smoothness"] < 1
+    assert "top1" not in moving  # there is nobody else
     both = callback.judge(list(talking.values()), torch.device("cpu"))
     assert both["similarity"] == pytest.approx((moving["similarity"] + still["similarity"]) / 2)
+
+
+def test_top1_and_the_prompts_alignment(reader, talking):
+    """A woman's video counts as hers among two people, and a swapped one does not."""
+    her = skimage.data.astronaut()
+    person = Person("her", "A woman", [her], None, reader.read_photos([her]), number=1)
+    pixels = np.repeat(her[None], 2, axis=0)
+    hers = Generated(person, "A woman img", pixels, reader.read_video(pixels))
+    callback = GeneratedValidation(
+        reader, video_metrics={"text": TextAlignment(ColorsAndLetters()), "smoothness": None}
+    )
+    right = callback.judge([talking["moving"], hers], torch.device("cpu"))
+    swapped = hers._replace(frames=talking["moving"].frames, faces=talking["moving"].faces)
+    wrong = callback.judge([talking["moving"], swapped], torch.device("cpu"))
+    assert (right["top1"], wrong["top1"]) == (1.0, 0.5)
+    assert right["distance"] < wrong["distance"]
+    colour = her.reshape(-1, 3).mean(0) / 127.5 - 0.9
+    assert right["text"] == pytest.approx(
+        colour[0] / np.linalg.norm(colour) / 2, abs=1e-5
+    )  # an "a"; his prompt is empty
+    assert "smoothness" not in right
 
 
 def test_still_videos_are_not_the_best_however_alike(reader, tmp_path):
@@ -153,6 +186,6 @@ def test_wrong_arguments(reader):
 def test_unknown_figures_are_left_out(reader, talking):
     grey = np.full((16, 64, 64, 3), 128, np.uint8)
     faceless = talking["moving"]._replace(frames=grey, faces=reader.read_video(grey))
-    figures = GeneratedValidation(reader).judge([faceless], torch.device("cpu"))
-    assert figures == {"face_found": 0.0, "colour_drift": 0.0}
+    figures = GeneratedValidation(reader, video_metrics=of_videos()).judge([faceless], torch.device("cpu"))
+    assert figures == {"face_found": 0.0, "colour_drift": 0.0, "dynamic_degree": 0.0, "smoothness": 0.0}
     assert not any(math.isnan(value) for value in figures.values())
