@@ -158,9 +158,13 @@ def test_a_second_run_judges_nothing_again(out, videos, tmp_path):
 # Parts that run side by side
 
 
-@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["joblib", *(pytest.param(name, marks=pytest.mark.slow) for name in ("submitit_local", "ray"))]
+)
 def test_parts_are_judged_at_the_same_time_and_a_plain_run_finishes(launcher, videos, out, tmp_path):
     """Two processes of a launcher of Hydra's; the plain run is the command that they name."""
+    if launcher == "ray":
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="see conf/evaluate/config.yaml")
     given = [f"+videos.real={videos}", f"out={tmp_path}/new", "detector=dlib"]
     parts = ["--multirun", "part=0,1", "num_parts=2", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}/log"]
     done = evaluate(*parts, *given)
