@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ def read_steps(log: Path) -> dict[int, list[str]]:
             step, attempt, keys = json.loads(line)
             attempts[step][attempt] += keys
     return {step: sorted(found[max(found)]) for step, found in sorted(attempts.items())}
+
+
+def run_with_forked_workers(*arguments: Any, **options: Any) -> None:
+    """`run` with data workers as in a training: forked, so that they end with it when it is killed."""
+    multiprocessing.set_start_method("fork", force=True)
+    run(*arguments, **options)
 
 
 def run(

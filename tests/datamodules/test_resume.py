@@ -20,7 +20,7 @@ from datamodules.image import ImageDataModule
 from mm_lightning.prepare.shards import ShardWriter
 from tests.conftest import ROOT
 from tests.datamodules.drawn import picture_fields
-from tests.datamodules.resume_run import SIZE, read_steps, run
+from tests.datamodules.resume_run import SIZE, read_steps, run, run_with_forked_workers
 
 STEPS = 12
 OPTIONS = {"num_lanes": 2, "shuffle_buffer": 5}
@@ -195,7 +195,7 @@ def test_killed_twenty_times(shards, tmp_path):
     server.set_forkserver_preload(["tests.datamodules.resume_run"])
     for attempt in range(20):
         chosen = {"batch_size": draw.choice([1, 2, 4]), "num_workers": draw.choice([0, 0, 1]), "attempt": attempt}
-        process = server.Process(target=run, args=(shards, folder), kwargs=options | chosen)
+        process = server.Process(target=run_with_forked_workers, args=(shards, folder), kwargs=options | chosen)
         wanted = lines_seen(folder) + draw.randint(1, 16)
         process.start()
         while lines_seen(folder) < wanted:
