@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import logging
 import math
 import shlex
@@ -142,9 +143,10 @@ class Evaluation:
         for entries in methods.values():
             for entry in entries:
                 numbers.setdefault(entry.identity, len(numbers))
+        all_judged = iter(judge_all(self.judge, list(itertools.chain(*methods.values())), "videos"))
         clips, estimates, rates = [], {}, {}
         for method, entries in methods.items():
-            judged = judge_all(self.judge, entries, method)
+            judged = list(itertools.islice(all_judged, len(entries)))
             figures = face_figures(judged, [numbers[entry.identity] for entry in entries])
             figures |= {name: [video.values[name] for video in judged] for name in judged[0].values}
             pairs = enumerate(zip(entries, judged, strict=True))

@@ -324,8 +324,8 @@ def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:
 
 def describe_weights(pipeline: MagicMirrorPipeline, options: argparse.Namespace) -> dict[str, Any]:
     """For the record: a video is made anew where any of them was trained again."""
-    base, _ = named_weights(options)
-    vision = find_vision(check_base(base, components=()), options.vision, pipeline.record)
+    base = check_base(named_weights(options)[0], components=())  # a hub id is looked up once
+    vision = find_vision(base, options.vision, pipeline.record)
     parts = {name: describe_component(base, name) for name in COMPONENTS} | {"image_encoder": describe_vision(vision)}
     adapter = Path(pipeline.adapter_folder) / "adapter.safetensors"
     return {

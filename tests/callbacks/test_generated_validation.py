@@ -130,18 +130,16 @@ def test_top1_and_the_prompts_alignment(reader, talking):
     person = Person("her", "A woman", [her], None, reader.read_photos([her]), number=1)
     pixels = np.repeat(her[None], 2, axis=0)
     hers = Generated(person, "A woman img", pixels, reader.read_video(pixels))
-    callback = GeneratedValidation(
-        reader, video_metrics={"text": TextAlignment(ColorsAndLetters()), "smoothness": None}
-    )
+    metrics = {"text": TextAlignment(ColorsAndLetters()), "smoothness": None}
+    callback = GeneratedValidation(reader, video_metrics=metrics)
     right = callback.judge([talking["moving"], hers], torch.device("cpu"))
     swapped = hers._replace(frames=talking["moving"].frames, faces=talking["moving"].faces)
     wrong = callback.judge([talking["moving"], swapped], torch.device("cpu"))
     assert (right["top1"], wrong["top1"]) == (1.0, 0.5)
     assert right["distance"] < wrong["distance"]
     colour = her.reshape(-1, 3).mean(0) / 127.5 - 0.9
-    assert right["text"] == pytest.approx(
-        colour[0] / np.linalg.norm(colour) / 2, abs=1e-5
-    )  # an "a"; his prompt is empty
+    cosine = colour[0] / np.linalg.norm(colour)  # her prompt's letters are one "a"; his has none, and is at 0
+    assert right["text"] == pytest.approx(cosine / 2, abs=1e-5)
     assert "smoothness" not in right
 
 

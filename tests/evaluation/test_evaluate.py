@@ -376,6 +376,9 @@ def test_all_that_cannot_be_judged_is_named_and_the_others_are_kept(videos, tmp_
         run_here(f"+videos.ours={tmp_path}", f"out={tmp_path}/o", f"cache={tmp_path}/cache")
     assert len(list((tmp_path / "cache").glob("*/values.json"))) == 1
     assert not (tmp_path / "o").exists()
+    with pytest.raises(ValueError, match=r"(?s)2 of 7 videos cannot"):  # of all methods
+        run_here(f"+videos.ours={tmp_path}", f"+videos.real={videos}", f"out={tmp_path}/o", f"cache={tmp_path}/cache")
+    assert len(list((tmp_path / "cache").glob("*/values.json"))) == 5
 
 
 def test_a_video_that_cannot_be_decoded_is_named(videos, tmp_path):
