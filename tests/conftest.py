@@ -31,10 +31,16 @@ SMALL = {
 # port that Lightning finds for itself may be taken by another worker before it is used.
 PORTS = itertools.count(20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
 
+# What Lightning writes into the environment of a process that trains under DDP or FSDP, or is seeded, and Hydra's own.
+# A process that inherits LOCAL_RANK takes itself for one of several that were started for it, and waits for the others.
+INHERITED = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "PL_", "HYDRA_")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Each test's processes, also those of its fixtures, meet at a port of its own."""
+    """Each test's processes, also those of its fixtures, meet at a port of its own and know of no earlier training."""
+    for name in [name for name in os.environ if name.startswith(INHERITED)]:
+        del os.environ[name]
     os.environ["MASTER_PORT"] = str(next(PORTS))
 
 
