@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_lightning.config import short_errors
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluation import ablation
 from mm_lightning.evaluation.cost import Cost, read_cost
@@ -295,7 +296,7 @@ def make_judge(cfg: DictConfig) -> Judge:
     given: dict[str, Any] = OmegaConf.to_container(cfg.metrics, resolve=True) if cfg.metrics else {}
     given = {name: metric for name, metric in given.items() if metric}
     metrics = {name: instantiate(metric) for name, metric in given.items()}
-    reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, cfg.device)
+    reader = FaceReader(cfg.detector, cfg.recognizer, cfg.root, find_device(cfg.device))
     return Judge(reader, Path(cfg.cache), cfg.num_frames, metrics, {"metrics": given})
 
 

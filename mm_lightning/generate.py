@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DiffusionPipeline
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
@@ -37,6 +37,7 @@ from tqdm import tqdm
 from mm_lightning.backbone import COMPONENTS, check_base
 from mm_lightning.checkpoint import replace_path
 from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.photos import load_photo
 from mm_lightning.files import write_json
 from mm_lightning.jobs import Job, check_jobs, name_jobs, part_of, read_jobs
@@ -260,7 +261,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add("--vision", help="CLIP's folder or PhotoMaker-V2's file; image_encoder/ of the base by default")
     add("--recognizer", help="the adapter's own by default")
     add("--detector", default="auto", help="auto, dlib, or an insightface pack")
-    add("--device", default="auto")
+    add_running(parser)
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """What `run_as` reads."""
+    add = parser.add_argument
+    add("--device", default="auto", help="such as cuda:1; by default a GPU where there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--offload", default="none", choices=list(OFFLOADS))
     add("--tiling", action="store_true", help="the VAE decodes in tiles: less memory")
@@ -305,17 +312,27 @@ def named_weights(options: argparse.Namespace) -> tuple[str | Path, str | Path |
 
 
 def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:
-    """The weights named, or the miniature's; raises what `MagicMirrorPipeline.from_pretrained` raises."""
+    """The weights named, or the miniature's; raises what `find_device` and `MagicMirrorPipeline.from_pretrained` do."""
     base, adapter = named_weights(options)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     pipeline = MagicMirrorPipeline.from_pretrained(
-        base, adapter, dtype, options.vision, options.recognizer, options.detector
+        base, adapter, dtype_of(options), options.vision, options.recognizer, options.detector
     )
+    return run_as(pipeline, options)
+
+
+def dtype_of(options: argparse.Namespace) -> torch.dtype:
+    """Raises what `find_device` raises."""
+    automatic = "float32" if find_device(options.device).type == "cpu" else "bfloat16"
+    return getattr(torch, automatic if options.dtype == "auto" else options.dtype)
+
+
+def run_as(pipeline: DiffusionPipeline, options: argparse.Namespace) -> DiffusionPipeline:
+    """The pipeline with scheduler, memory and device as the options of `add_running` say."""
     if options.scheduler:
         pipeline.scheduler = SCHEDULERS[options.scheduler].from_config(pipeline.scheduler.config)
     if options.tiling:
         pipeline.vae.enable_tiling()
+    device = find_device(options.device)
     if OFFLOADS[options.offload] is None:
         return pipeline.to(device)
     getattr(pipeline, OFFLOADS[options.offload])(device=device)
@@ -335,8 +352,12 @@ def describe_weights(pipeline: MagicMirrorPipeline, options: argparse.Namespace)
         "detector": pipeline.detector.info["name"],
         "recognizer": pipeline.face_encoder.recognizer.name,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def verify(files: Sequence[str]) -> Iterator[str]:

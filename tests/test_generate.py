@@ -290,6 +290,12 @@ def test_mistakes(run, nothing_loads, arguments, message):
         run(*arguments)
 
 
+def test_no_such_device(run, monkeypatch):
+    monkeypatch.setattr("mm_lightning.pipeline.Backbone.from_pretrained", pytest.fail)
+    with pytest.raises(SystemExit, match="device=cudo: torch has none here"):
+        run("--prompt", "A man", "--device", "cudo")
+
+
 def test_a_photo_is_needed(run, nothing_loads):
     with pytest.raises(SystemExit, match="no photo; give --photos"):
         run("--prompt", "A man", photos=())

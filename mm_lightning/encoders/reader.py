@@ -33,7 +33,11 @@ class FaceReader:
     """
 
     def __init__(
-        self, detector: str = "auto", recognizer: str = "dlib", root: str = DEFAULT_ROOT, device: str = "cpu"
+        self,
+        detector: str = "auto",
+        recognizer: str = "dlib",
+        root: str = DEFAULT_ROOT,
+        device: str | torch.device = "cpu",
     ) -> None:
         check_detector(detector, root)
         check_recognizer(recognizer, root)

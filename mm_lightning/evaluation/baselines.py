@@ -6,12 +6,13 @@
 
 `cogvideox` knows nobody: it is what a face costs nothing. `cogvideox_i2v` starts from the first photo, cut to the
 video's shape. `consisid` needs its own face models in the base's folder, and the packages that diffusers names.
-Files, records and manifests are those of `mm_lightning.generate`.
+Files, records and manifests are those of `mm_lightning.generate`, and so are `--part`, `--offload` and `--tiling`.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +24,15 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, ConsisID
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mm_lightning.backbone import check_frames
+from mm_lightning.backbone import check_frames, fetch, local_folder, read_json
 from mm_lightning.credentials import Signing, read_signing
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.photos import load_photo
-from mm_lightning.generate import Generator
-from mm_lightning.jobs import Job, check_jobs, name_jobs, read_jobs
+from mm_lightning.generate import Generator, add_running, dtype_of, package_versions, run_as
+from mm_lightning.jobs import Job, check_jobs, name_jobs, part_of, read_jobs
 from mm_lightning.provenance import fingerprint
+
+logger = logging.getLogger(__name__)
 
 METHODS: dict[str, type[DiffusionPipeline]] = {
     "cogvideox": CogVideoXPipeline,
@@ -126,37 +130,71 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         add(option, type=int)
     add("--num-inference-steps", type=int, default=default.num_inference_steps)
     add("--guidance-scale", type=float, default=default.guidance_scale)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    add("--part", help="such as 0/4: only every fourth job, from the first; for several GPUs or machines")
+    add_running(parser)
     add("--fps", type=float, default=8.0)
     add("--unsigned", action="store_true")
     return parser.parse_args(arguments)
+
+
+def find_folder(method: str, base: str) -> Path:
+    """The model's folder, all of it fetched where a hub id is given: ConsisID's face models lie beside the pipeline.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is another pipeline's.
+    """
+    folder = local_folder(base) or fetch(base, ("*",))
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} is no model in diffusers' layout: it has no model_index.json.")
+    found, wanted = read_json(index).get("_class_name"), METHODS[method].__name__
+    if found != wanted:
+        raise ValueError(f"{folder} is a {found}, {method} is a {wanted}: give --base the weights of that.")
+    return folder
+
+
+def make_jobs(options: argparse.Namespace) -> list[Job]:
+    """
+    Raises:
+        FileNotFoundError, ValueError: as `read_jobs`, `name_jobs`, `part_of` and `check_jobs`; no photo to start from.
+    """
+    names = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+    default = Job("", (), **{name: getattr(options, name) for name in names})
+    jobs = part_of(name_jobs(read_jobs(options.jobs, default), 1), options.part)
+    check_jobs(jobs)
+    without = [job.name for job in jobs if not job.photos]
+    if without and options.method != "cogvideox":
+        raise ValueError(f"{options.method} starts from a photo, and these jobs have none: {', '.join(without)}.")
+    return jobs
 
 
 def run(options: argparse.Namespace) -> list[Path]:
     """The videos' paths.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_jobs` and `check_jobs`; the base is not there, or of another kind.
+        FileNotFoundError, ValueError: as `make_jobs`, `find_folder` and `run_as`; a part of the base is not there.
     """
-    names = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
-    default = Job("", (), **{name: getattr(options, name) for name in names})
-    jobs = name_jobs(read_jobs(options.jobs, default), 1)
-    check_jobs(jobs)
-    dtype = getattr(torch, options.dtype)
+    jobs = make_jobs(options)
+    if not jobs:
+        logger.info("Part %s has no jobs.", options.part)
+        return []
+    folder, dtype, device = find_folder(options.method, options.base), dtype_of(options), find_device(options.device)
     try:
-        pipeline = METHODS[options.method].from_pretrained(options.base, torch_dtype=dtype).to(options.device)
+        pipeline = METHODS[options.method].from_pretrained(folder, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"No {options.method} at {options.base}: {error}") from error
     conditions = {"cogvideox": lambda: nobody, "cogvideox_i2v": lambda: first_frame}
-    conditions["consisid"] = lambda: consisid_condition(Path(options.base), options.device, dtype)
-    made_with = {"method": options.method, "base": str(options.base), "dtype": options.dtype}
-    made_with |= fingerprint(sorted(Path(options.base).rglob("*.safetensors")))
+    conditions["consisid"] = lambda: consisid_condition(folder, str(device), dtype)
+    made_with = {"method": options.method, "base": str(options.base), "dtype": str(dtype).removeprefix("torch.")}
+    made_with |= fingerprint(sorted(folder.rglob("*.safetensors"))) | {"versions": package_versions()}
     signing = None if options.unsigned else read_signing()
-    return Baseline(pipeline, options.out, made_with, conditions[options.method](), signing, options.fps).run(jobs)
+    condition = conditions[options.method]()
+    return Baseline(run_as(pipeline, options), options.out, made_with, condition, signing, options.fps).run(jobs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
     except (FileNotFoundError, ValueError) as error:

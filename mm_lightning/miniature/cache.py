@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionModel
 
 from mm_lightning.backbone import Backbone, check_base
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.face import check_vision, clip_pixel_values, load_vision
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import load_recognizer
@@ -283,7 +284,7 @@ class FrozenModels:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder, self.dtype = folder, dtype
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = find_device()
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -25,6 +25,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from mm_lightning.backbone import Backbone, read_json
 from mm_lightning.checkpoint import replace_path
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
 from mm_lightning.fewer_operations import fewer_operations
 from mm_lightning.miniature.data import (
@@ -370,7 +371,7 @@ class LatentDataModule(L.LightningDataModule):
         if latents is None:
             people = load_split(self.people, split, max_people)
             backbone = load_frozen(self.model, {"max_text_seq_length": self.max_text_seq_length})
-            backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+            backbone.to(find_device())
             latents = encode_people(people.stills, people.clips, backbone, split)
             save_latents(latents, file, source)
         return latents

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mm_lightning.backbone import Backbone
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.recognizer import FaceRecognizer, load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder
 from mm_lightning.files import write_bytes, write_json
@@ -39,7 +40,7 @@ from mm_lightning.miniature.judge import Judge, chance, judge_folder_of, labels_
 from mm_lightning.miniature.measure import embed
 from mm_lightning.miniature.sampling import fingerprint
 from mm_lightning.miniature.sheet import DISCLOSURE
-from mm_lightning.miniature.table import ASSETS, Cache, find_device
+from mm_lightning.miniature.table import ASSETS, Cache
 from mm_lightning.module import sample_generators
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
 from mm_lightning.types import IdentityCondition
@@ -145,7 +146,7 @@ class VaeQuality:
         split: str = "test",
         num_clips: int = 64,
         batch_size: int = 16,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         num_workers: int = 2,
     ) -> None:
         for name, value in (("--num-clips", num_clips), ("--batch-size", batch_size)):
@@ -255,7 +256,7 @@ class Quality(VaeQuality):
         guidance: float = 2.0,
         seed: int = 0,
         batch_size: int = 16,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         num_workers: int = 2,
     ) -> None:
         if steps < 1:

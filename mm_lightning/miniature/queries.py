@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import DLIB_STATISTICS, FaceRecognizer, load_recognizer
 from mm_lightning.files import write_bytes
@@ -112,8 +113,7 @@ def embed_samples(samples: list[StoredSample], meta: dict[str, str], partial: Pa
     done = torch.empty(0, 128, dtype=torch.float16)
     if partial.is_file() and read_queries(partial)[1] == meta:
         done = read_queries(partial)[0]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    recognizer = load_recognizer(RECOGNIZER, DEFAULT_ROOT).to(device)
+    recognizer = load_recognizer(RECOGNIZER, DEFAULT_ROOT).to(find_device())
     with tqdm(total=len(samples), initial=len(done), desc=f"queries of {partial.parent.name}", unit="still") as bar:
         for start in range(len(done), len(samples), BATCH):
             batch = samples[start : start + BATCH]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from mm_lightning.adapters.weights import read_adapter_config
 from mm_lightning.backbone import Backbone
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.recognizer import load_recognizer
 from mm_lightning.files import write_bytes, write_json
 from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, to_uint8, write_jpeg
@@ -124,7 +125,7 @@ class Table:
         sampling: Sampling = DEFAULTS,
         num_embedded: int = 4,
         batch_size: int = 16,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         num_workers: int = 2,
     ) -> None:
         for name, value in (("--num-people", num_people), ("--clips-per-person", clips_per_person)):
@@ -325,12 +326,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--log-dir", type=Path, help="a TensorBoard folder for sheet, clips and table")
     parser.add_argument("--generate-only", action="store_true", help="clips alone: no dlib is needed")
     return parser, parser.parse_args(arguments)
-
-
-def find_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def build_table(args: argparse.Namespace) -> Table:

@@ -63,6 +63,32 @@ def test_text_to_video_is_diffusers_own(tiny_folder, jobs, tmp_path):
     assert (entry.identity, entry.prompt) == ("her", "A woman img smiles")
     record = json.loads(entry.video.with_suffix(".json").read_text())
     assert record["weights"] == fingerprint(sorted(tiny_folder.rglob("*.safetensors")))["weights"]
+    assert (record["dtype"], record["versions"]["torch"]) == ("float32", torch.__version__)
+
+
+def test_a_hub_id_is_its_snapshot(tiny_folder, jobs, tmp_path, monkeypatch):
+    cached = tmp_path / "hub/models--somebody--cogvideox-small"
+    shutil.copytree(tiny_folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    [entry] = run("cogvideox", "somebody/cogvideox-small", jobs, tmp_path / "out")
+    record = json.loads(entry.video.with_suffix(".json").read_text())
+    assert record["base"] == "somebody/cogvideox-small"
+    assert record["weights"] == fingerprint(sorted(tiny_folder.rglob("*.safetensors")))["weights"]
+
+
+def test_parts_scheduler_and_memory_as_of_generate(tiny_folder, jobs, tmp_path, monkeypatch):
+    [row] = json.loads(jobs.read_text())
+    jobs.write_text(json.dumps([row, row | {"name": "again", "seed": 1}]))
+    saving = ["--offload", "model", "--tiling", "--scheduler", "ddim"]
+    [entry] = run("cogvideox", tiny_folder, jobs, tmp_path / "out", "--part", "1/2", *saving)
+    assert entry.video.name == "again.mp4"
+    assert json.loads(entry.video.with_suffix(".json").read_text())["scheduler"] == "CogVideoXDDIMScheduler"
+    assert len(run("cogvideox", tiny_folder, jobs, tmp_path / "out", "--part", "0/2")) == 2
+    monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", pytest.fail)
+    run("cogvideox", tiny_folder, jobs, tmp_path / "out", "--part", "2/3")  # has no jobs
 
 
 def test_image_to_video_starts_from_the_photo(i2v_folder, jobs, tmp_path):
@@ -108,6 +134,8 @@ def test_consisid_runs_with_what_its_helpers_give(tiny_folder, jobs, tmp_path):
 def test_consisid_says_which_packages_it_wants(tiny_folder, jobs, tmp_path):
     base = tmp_path / "consisid"
     shutil.copytree(tiny_folder, base)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "ConsisIDPipeline"}))
     with pytest.raises(SystemExit, match="error: "):
         run("consisid", base, jobs, tmp_path / "out")
 
@@ -115,11 +143,23 @@ def test_consisid_says_which_packages_it_wants(tiny_folder, jobs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cogvideox", "--base", "/nowhere/at/all"], "No cogvideox at /nowhere/at/all"),
+        (["cogvideox", "--base", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["cogvideox", "--base", "."], "has no model_index.json"),
+        (["cogvideox_i2v"], "is a CogVideoXPipeline, cogvideox_i2v is a CogVideoXImageToVideoPipeline"),
         (["cogvideox", "--jobs", "/nowhere.json"], "No file of jobs"),
+        (["cogvideox", "--device", "cudo"], "device=cudo: torch has none here. Give auto, or one of cpu"),
+        (["cogvideox", "--part", "2/2"], "--part=2/2"),
     ],
 )
-def test_mistakes(tiny_folder, jobs, tmp_path, arguments, message):
+def test_mistakes(tiny_folder, jobs, tmp_path, monkeypatch, arguments, message):
+    for pipeline in (CogVideoXPipeline, CogVideoXImageToVideoPipeline):
+        monkeypatch.setattr(pipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
     given = ["--base", str(tiny_folder), "--jobs", str(jobs), "--out", str(tmp_path / "out"), *FAST]
     with pytest.raises(SystemExit, match=message):
         main([arguments[0], *given, *arguments[1:]])
+
+
+def test_a_picture_is_needed_where_a_method_starts_from_one(i2v_folder, jobs, tmp_path):
+    jobs.write_text(json.dumps([{"name": "none", "prompt": "A woman smiles", "face_scale": 0}]))
+    with pytest.raises(SystemExit, match="cogvideox_i2v starts from a photo, and these jobs have none: none"):
+        run("cogvideox_i2v", i2v_folder, jobs, tmp_path / "out")

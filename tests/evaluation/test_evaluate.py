@@ -341,6 +341,7 @@ def test_a_file_that_holds_no_costs(videos, tmp_path, content):
         (["+videos.ours={videos}", "recognizer=/nowhere"], "/nowhere"),
         (["+videos.ours={videos}", "num_parts=4"], "num_parts=4 without a part: give part=0"),
         (["+videos.ours={videos}", "cost=/nowhere.json"], "cost=/nowhere.json is not there"),
+        (["+videos.ours={videos}", "device=cudo"], "device=cudo: torch has none here"),
         (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
     ],
 )

@@ -243,6 +243,7 @@ def test_a_vae_is_judged_before_there_is_anything_else(people, model, quality, t
         (["--num-clips", "70"], "--num-clips=70: .* holds 7 clips"),
         (["--num-clips", "0"], "--num-clips=0: give a number from 1"),
         (["--people", "nowhere"], "nowhere/test/images holds no finished shards"),
+        (["--device", "cudo"], "device=cudo: torch has none here"),
         (["--model", "nowhere"], "nowhere does not exist"),
         (["--judge", "nowhere"], "nowhere is no judge of the miniature"),
     ],

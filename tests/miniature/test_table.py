@@ -196,6 +196,7 @@ def test_clips_alone_need_no_face_network(people, tiny_folder, adapter, tmp_path
         ("--references=4", ["has 4 reference stills", "at least one other"]),
         ("--references=0", ["--references=0 are shown"]),
         ("--adapter=nowhere", ["nowhere is not an adapter folder"]),
+        ("--device=cudo", ["device=cudo: torch has none here"]),
         ("--model=nowhere", ["base model folder nowhere does not exist"]),
     ],
 )

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mm_lightning.backbone import Backbone, check_base, read_json
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.face import FaceFeatureEncoder, check_vision, load_vision
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import check_recognizer, load_recognizer
@@ -117,7 +118,7 @@ class CacheTensors:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return find_device()
 
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:

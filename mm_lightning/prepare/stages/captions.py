@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.text import IDENTITY_ADJECTIVES, IDENTITY_NOUNS, whole_words
 from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.frames import UNREADABLE
@@ -207,5 +208,4 @@ def load_captioner(name_or_folder: str) -> Captioner:
             "of an image-to-text model, for instance of `hf download Salesforce/blip-image-captioning-large "
             "--local-dir FOLDER`, or leave the captioner out: pictures without caption are then rejected."
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Captioner(Path(name_or_folder).name, model.to(device), image_processor, tokenizer)
+    return Captioner(Path(name_or_folder).name, model.to(find_device()), image_processor, tokenizer)

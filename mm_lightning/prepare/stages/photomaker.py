@@ -17,6 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_lightning.devices import find_device
 from mm_lightning.encoders.face import FaceFeatureEncoder, load_vision
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.perceiver import WHERE_TO_GET_PHOTOMAKER as WHERE_TO_GET
@@ -166,7 +167,7 @@ class PhotoMakerGenerator:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return find_device()
 
     @cached_property
     def checkpoint(self) -> dict[str, dict[str, Tensor]]:
