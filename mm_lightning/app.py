@@ -31,7 +31,9 @@ from torch import Tensor
 
 from mm_lightning.credentials import read_signing
 from mm_lightning.encoders import photos as photo_reading
+from mm_lightning.encoders.photos import read_references
 from mm_lightning.encoders.reader import FaceReader
+from mm_lightning.encoders.recognizer import check_recognizer
 from mm_lightning.evaluation.clips import read_clip
 from mm_lightning.generate import (
     BASE_GUIDANCE,
@@ -93,7 +95,7 @@ class Studio:
 
     Args:
         generator: writes the files; its folder also takes the uploads.
-        reader: embeds the faces of frames, by the recogniser of the pipeline.
+        reader: compares the video's faces with the photos'.
     """
 
     def __init__(self, generator: Generator, reader: FaceReader) -> None:
@@ -125,12 +127,15 @@ class Studio:
         record, sheet = (str(path.with_suffix(ending)) for ending in (".json", ".sheet.jpg"))
         return Result(video, str(path), record, figure, sheet)
 
+    @torch.no_grad()
     def embed_photos(self, job: Job) -> Tensor | None:
-        """(1, R, E), what the condition is made of; warns on the page where the photos are not clear."""
+        """(1, R, E), of the faces that the condition is made of; warns on the page where the photos are not clear."""
         if not job.photos:
             return None
         with warnings_on_page(job.photos):
-            return self.pipeline.encode_references(job.photos, job.face_index).id_query.float().cpu()
+            references = read_references(job.photos, self.reader.detector, job.face_index)
+        pixels, landmarks = (part[0].to(self.reader.device) for part in (references.pixels, references.landmarks))
+        return self.reader.recognizer.embed(pixels, landmarks)[None].cpu()
 
     def draw(self, path: Path, embeddings: Tensor) -> Figure:
         """The similarity of the written video with photos (1, R, E)."""
@@ -138,15 +143,18 @@ class Studio:
         reference = mean_embedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool))  # (1, E)
         similarity = frame_similarity(faces.embeddings, reference)[0]  # (F,)
         values = torch.where(faces.found[0], similarity, torch.nan).tolist()
-        return draw_similarity(values, embeddings.shape[1], self.reader.recognizer.name)
+        judge, told = self.reader.recognizer.name, self.pipeline.face_encoder.recognizer.name
+        conditions = told.removesuffix("_standardized") == judge
+        return draw_similarity(values, embeddings.shape[1], judge, conditions)
 
 
-def draw_similarity(values: Sequence[float], num_photos: int, recognizer: str) -> Figure:
+def draw_similarity(values: Sequence[float], num_photos: int, recognizer: str, conditions: bool) -> Figure:
     """Cosine over frames; NaN stands for a frame without a face, a gap in the curve.
 
     Args:
         num_photos: whose mean the frames were compared with.
-        recognizer: its name.
+        recognizer: the judge's name.
+        conditions: whether it also told the model who is to be seen, which flatters the result.
     """
     found = [value for value in values if not math.isnan(value)]
     absent = [i for i, value in enumerate(values) if math.isnan(value)]
@@ -160,7 +168,7 @@ def draw_similarity(values: Sequence[float], num_photos: int, recognizer: str) -
         f"Similarity to the mean of {num_photos} photo{'s' * (num_photos != 1)}: "
         f"{f'mean {sum(found) / len(found):.3f}' if found else 'unknown'}\n"
         f"{len(absent)} of {len(values)} frames without a face{' (grey)' * bool(absent)}\n"
-        f"judge: {recognizer}, the recogniser that also conditions the video",
+        f"judge: {recognizer}{', the recogniser that also conditions the video' * conditions}",
         fontsize=9,
         loc="left",
     )
@@ -337,6 +345,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--port", type=int, help="the first free one from 7860 by default")
     add("--out", type=Path, default=Path("outputs/app"), help="folder of uploads and results; all of it is served")
     add("--fps", type=float, default=8.0, help="of the videos")
+    add("--judge", default="dlib", help="recogniser that compares the video with the photos: dlib, or a pack")
     add_weights(parser)
     add_signing(parser)
     return parser.parse_args(arguments)
@@ -345,12 +354,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def load_studio(options: argparse.Namespace) -> Studio:
     """
     Raises:
-        FileNotFoundError, ValueError: as `load_pipeline` and `read_signing`.
+        FileNotFoundError, ValueError: as `load_pipeline`, `check_recognizer` and `read_signing`.
     """
+    check_recognizer(options.judge)
     signing = read_signing(options.signing_key, options.signing_certificates)
     pipeline = load_pipeline(options)
     made_with, out = describe_weights(pipeline, options), options.out.absolute()
-    reader = FaceReader(options.detector, options.recognizer or pipeline.record["recognizer"])
+    reader = FaceReader(options.detector, options.judge)
     return Studio(Generator(pipeline, out, made_with, signing, options.fps), reader)
 
 

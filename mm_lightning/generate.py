@@ -34,13 +34,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from mm_lightning.backbone import COMPONENTS, check_base
+from mm_lightning.backbone import COMPONENTS, Backbone, check_base
 from mm_lightning.checkpoint import replace_path
 from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
 from mm_lightning.devices import find_device
 from mm_lightning.encoders.photos import load_photo
+from mm_lightning.encoders.text import IdentityTokenizer
 from mm_lightning.files import write_json
-from mm_lightning.jobs import Job, check_jobs, name_jobs, part_of, read_jobs
+from mm_lightning.jobs import Job, check_jobs, check_prompts, check_shapes, name_jobs, part_of, read_jobs
 from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
 from mm_lightning.pipeline import MagicMirrorPipeline, find_vision
 from mm_lightning.provenance import describe_component, describe_vision
@@ -311,6 +312,13 @@ def named_weights(options: argparse.Namespace) -> tuple[str | Path, str | Path |
     return options.base, options.adapter
 
 
+def check_fit(jobs: Sequence[Job], base: str | Path) -> None:
+    """Before weights are read; raises what `check_base`, `check_shapes` and `check_prompts` raise."""
+    backbone = Backbone.from_pretrained(base, components=())
+    check_shapes(jobs, backbone)
+    check_prompts(jobs, IdentityTokenizer(backbone.tokenizer, backbone.transformer_config.max_text_seq_length))
+
+
 def load_pipeline(options: argparse.Namespace) -> MagicMirrorPipeline:
     """The weights named, or the miniature's; raises what `find_device` and `MagicMirrorPipeline.from_pretrained` do."""
     base, adapter = named_weights(options)
@@ -391,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             logger.info("Part %s has no jobs.", options.part)
             return
         signing = None if options.unsigned else read_signing(options.signing_key, options.signing_certificates)
+        check_fit(jobs, named_weights(options)[0])
         pipeline = load_pipeline(options)
         Generator(pipeline, options.out, describe_weights(pipeline, options), signing, options.fps).run(jobs)
     except (FileNotFoundError, ValueError) as error:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mm_lightning.backbone import Backbone
 from mm_lightning.encoders.photos import load_photo
+from mm_lightning.encoders.text import IdentityTokenizer
 
 NOT_ARGUMENTS = ("photos", "name", "seed", "identity", "group", "face_enhanced")
 NAME = re.compile(r"[\w][\w.-]{0,99}")
@@ -43,7 +47,45 @@ class Job:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_ARGUMENTS}
 
 
-NUMBERS = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[str(text).lower()]}
+def whole(value: Any) -> int:
+    """Raises ValueError for 1.5."""
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def finite(value: Any) -> float:
+    """Raises ValueError for NaN and infinities."""
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def text(value: Any) -> str:
+    """Raises ValueError for what JSON does not quote."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def truth(value: Any) -> bool:
+    """Raises ValueError unless it says true or false."""
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return str(value).lower() == "true"
+
+
+def photo_files(value: Any) -> tuple[str, ...]:
+    """Paths separated by semicolons, a list of them, or as the record of a video has them; raises ValueError."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(";"))
+    files = [photo.get("file") if isinstance(photo, dict) else photo for photo in value or ()]
+    if not all(isinstance(file, str) for file in files):
+        raise ValueError(f"photos are paths, not {value!r}")
+    return tuple(files)
+
+
+READERS = {"int": whole, "float": finite, "str": text, "bool": truth, "tuple[str, ...]": photo_files}
 
 
 def read_jobs(file: Path, default: Job) -> list[Job]:
@@ -80,23 +122,15 @@ def make_job(row: Any, default: Job, where: str, folder: Path) -> Job:
     if not isinstance(row, dict) or not row.keys() <= kinds.keys():
         unknown = ", ".join(sorted(row.keys() - kinds.keys(), key=str)) if isinstance(row, dict) else repr(row)
         raise ValueError(f"{where}: unknown {unknown}; a job has {', '.join(kinds)}.")
-    try:
-        values = {name: convert(kinds[name], value) for name, value in row.items() if value is not None}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: {error}; {row}") from error
+    values = {}
+    for name, value in row.items():
+        try:
+            values |= {} if value is None else {name: READERS[kinds[name]](value)}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {name}={value!r}: {error}.") from error
     if "photos" in values:
-        values["photos"] = tuple(str(folder / photo) for photo in photo_files(values["photos"]))
+        values["photos"] = tuple(str(folder / photo) for photo in values["photos"])
     return replace(default, **values)
-
-
-def convert(kind: str, value: Any) -> Any:
-    return NUMBERS[kind](value) if kind in NUMBERS else value
-
-
-def photo_files(photos: str | Sequence[Any]) -> list[str]:
-    if isinstance(photos, str):
-        return [part.strip() for part in photos.split(";")]
-    return [photo["file"] if isinstance(photo, dict) else photo for photo in photos]
 
 
 def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
@@ -138,9 +172,10 @@ def check_jobs(jobs: Sequence[Job]) -> None:
 
     Raises:
         FileNotFoundError: a photo is not there.
-        ValueError: a job without prompt or photo, or a photo that is no picture.
+        ValueError: a job without prompt or photo, a number out of range, or a photo that is no picture.
     """
     for job in jobs:
+        check_numbers(job)
         if not job.prompt.strip():
             raise ValueError(f"{job.name}: the prompt is empty; give --prompt.")
         if not job.photos and job.face_scale:
@@ -149,3 +184,52 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             )
         for photo in job.photos:
             load_photo(photo)
+
+
+def check_numbers(job: Job) -> None:
+    """
+    Raises:
+        ValueError: one that no base model takes.
+    """
+    positive = ("num_inference_steps", "num_frames", "height", "width")
+    lowest = dict.fromkeys(positive, 1) | {"seed": 0, "face_index": 0, "face_scale": 0, "guidance_scale": 0}
+    for name, low in lowest.items():
+        value = getattr(job, name)
+        if value is not None and not low <= value < 2**63:  # NaN neither
+            raise ValueError(f"{job.name}: {name}={value}: give a number from {low}.")
+    if not math.isfinite(job.identity_guidance_scale):
+        raise ValueError(f"{job.name}: identity_guidance_scale={job.identity_guidance_scale}: give a number.")
+
+
+def check_shapes(jobs: Sequence[Job], backbone: Backbone) -> None:
+    """By its configs alone: its weights need not be loaded.
+
+    Raises:
+        ValueError: frames or a size that the base does not take.
+    """
+    ratio, config = backbone.vae_scale_factor_spatial, backbone.transformer_config
+    for job in jobs:
+        with named(job):
+            if job.num_frames is not None:
+                backbone.check_frames(job.num_frames)
+            backbone.check_size(job.height or config.sample_height * ratio, job.width or config.sample_width * ratio)
+
+
+def check_prompts(jobs: Sequence[Job], tokenizer: IdentityTokenizer) -> None:
+    """
+    Raises:
+        ValueError: a prompt in which nobody stands, though photos of somebody were given.
+    """
+    for job in jobs:
+        if job.face_scale:
+            with named(job):
+                tokenizer.tokenize(job.prompt)
+
+
+@contextmanager
+def named(job: Job) -> Iterator[None]:
+    """ValueErrors say which job they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{job.name}: {error}") from error

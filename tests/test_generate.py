@@ -278,6 +278,13 @@ def nothing_loads(monkeypatch):
         (["--prompt", "A man", "--num-videos", "0"], "--num-videos=0"),
         (["--prompt", "A man", "--part", "4/4"], "--part=4/4: give which part, from 0"),
         (["--prompt", "A man", "--part", "half"], "--part=half: give which part, from 0"),
+        (["--prompt", "A man", "--seed", "-1"], "000-a-man: seed=-1: give a number from 0"),
+        (["--prompt", "A man", "--num-inference-steps", "0"], "num_inference_steps=0: give a number from 1"),
+        (["--prompt", "A man", "--face-scale", "nan"], "face_scale=nan: give a number from 0"),
+        (["--prompt", "A man", "--identity-guidance-scale", "inf"], "identity_guidance_scale=inf: give a number"),
+        (["--prompt", "A man", "--num-frames", "6"], "000-a-man: A clip of 6 frames .* the nearest are 5 and 9"),
+        (["--prompt", "A man", "--height", "40"], "000-a-man: height=40 is no multiple of 16"),
+        (["--prompt", "A dog"], "000-a-dog: No word for a person"),
         (["--prompt", "A man", "--name", "a/b"], "name='a/b' is no file name"),
         (["--prompt", "A man", "--prompt", "A boy", "--name", "he"], "Two jobs have the same name"),
         (["--prompt", "A man", "--photos", "/nowhere.jpg"], "No photo at /nowhere.jpg"),
@@ -291,7 +298,7 @@ def test_mistakes(run, nothing_loads, arguments, message):
 
 
 def test_no_such_device(run, monkeypatch):
-    monkeypatch.setattr("mm_lightning.pipeline.Backbone.from_pretrained", pytest.fail)
+    monkeypatch.setattr("mm_lightning.backbone.load_component", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match="device=cudo: torch has none here"):
         run("--prompt", "A man", "--device", "cudo")
 
@@ -307,7 +314,13 @@ def test_a_photo_is_needed(run, nothing_loads):
         ("[]", "holds no jobs"),
         ("{", "neither as JSON nor as CSV"),
         ('[{"promt": "A man"}]', "entry 1: unknown promt; a job has prompt, photos"),
-        ('[{"prompt": "A man", "seed": "many"}]', "entry 1: invalid literal for int"),
+        ('[{"prompt": "A man", "seed": "many"}]', "entry 1: seed='many': invalid literal for int"),
+        ('[{"prompt": "A man", "seed": 1.5}]', "entry 1: seed=1.5: 1.5 is no whole number"),
+        ('[{"prompt": "A man", "guidance_scale": NaN}]', "entry 1: guidance_scale=nan: nan is no number"),
+        ('[{"prompt": "A man", "use_dynamic_cfg": 2}]', "use_dynamic_cfg=2: 2 is neither true nor false"),
+        ('[{"prompt": 3}]', "entry 1: prompt=3: 3 is no text"),
+        ('[{"prompt": "A man", "photos": [3]}]', r"photos=\[3\]: photos are paths"),
+        ('[{"prompt": "A man", "photos": 3}]', "entry 1: photos=3"),
         ("[3]", "entry 1: unknown 3"),
     ],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +68,10 @@ def make_entry(row: Any, file: Path, number: int) -> Entry:
     where = f"{file}, entry {number}"
     if not isinstance(row, dict) or not {"video", "prompt", "references"} <= row.keys():
         raise ValueError(f"{where}: video, prompt and references are needed, such as {EXAMPLE}; it has {row!r}.")
-    video, references = file.parent / row["video"], tuple(file.parent / photo for photo in listed(row["references"]))
+    photos = listed(row["references"])
+    if not all(isinstance(value, str) for value in (row["video"], row["prompt"], *photos)):
+        raise ValueError(f"{where}: video, prompt and references are text, such as {EXAMPLE}; it has {row!r}.")
+    video, references = file.parent / row["video"], tuple(file.parent / photo for photo in photos)
     if video.suffix.lower() not in VIDEO_ENDINGS:
         raise ValueError(f"{where}: {video.name} ends in none of {', '.join(VIDEO_ENDINGS)}.")
     if not references:
@@ -82,8 +84,8 @@ def make_entry(row: Any, file: Path, number: int) -> Entry:
     if enhanced not in ("true", "false"):
         raise ValueError(f"{where}: face_enhanced is {row['face_enhanced']!r}, neither true nor false.")
     group = str(row.get("group") or "")
-    return Entry(video, str(row["prompt"]), references, str(identity), group, enhanced == "true")
+    return Entry(video, row["prompt"], references, str(identity), group, enhanced == "true")
 
 
-def listed(references: str | Sequence[str]) -> list[str]:
-    return [references] if isinstance(references, str) else list(references)
+def listed(references: Any) -> list[Any]:
+    return references if isinstance(references, list) else [references]

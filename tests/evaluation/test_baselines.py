@@ -148,6 +148,7 @@ def test_consisid_says_which_packages_it_wants(tiny_folder, jobs, tmp_path):
         (["cogvideox_i2v"], "is a CogVideoXPipeline, cogvideox_i2v is a CogVideoXImageToVideoPipeline"),
         (["cogvideox", "--jobs", "/nowhere.json"], "No file of jobs"),
         (["cogvideox", "--device", "cudo"], "device=cudo: torch has none here. Give auto, or one of cpu"),
+        (["cogvideox", "--height", "40"], "she: height=40 is no multiple of 16"),
         (["cogvideox", "--part", "2/2"], "--part=2/2"),
     ],
 )

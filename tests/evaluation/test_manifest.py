@@ -56,6 +56,9 @@ GOOD = {"video": "a.mp4", "prompt": "A woman", "references": ["her.jpg"]}
         ([{**GOOD, "references": []}], "references is empty"),
         ([{**GOOD, "video": "her.txt"}], "her.txt ends in none of"),
         ([{**GOOD, "face_enhanced": "maybe"}], "face_enhanced is 'maybe', neither true nor false"),
+        ([{**GOOD, "video": 3}], "entry 1: video, prompt and references are text"),
+        ([{**GOOD, "prompt": None}], "entry 1: video, prompt and references are text"),
+        ([{**GOOD, "references": [None]}], "entry 1: video, prompt and references are text"),
         ([GOOD, GOOD], "names a.mp4 twice"),
     ],
 )
