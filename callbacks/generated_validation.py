@@ -6,6 +6,7 @@ Letters: K people, R references, F frames, H W pixels, S side of a reference.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -28,7 +30,7 @@ from torchmetrics import Metric
 from callbacks.ema import averaged_weights
 from callbacks.every_n_steps import EveryNSteps
 from callbacks.tensorboard_media import evaluation
-from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, sample_frames, to_uint8
+from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, reduce_frames, sample_frames, to_uint8
 from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
 from mm_lightning.metrics.face_motion_inter import FaceMotionInter
 from mm_lightning.metrics.face_motion_ref import FaceMotionRef
@@ -80,7 +82,7 @@ class GeneratedValidation(EveryNSteps):
     are some, in evaluation mode, and without touching training's random state. All ranks generate, each its share.
 
     Loggers get `validation/*`: similarity, distance, decay, face_found, top1 (among the K people, of chance 1 / K),
-    fm_ref, fm_inter, and the names of `video_metrics`. TensorBoard also gets an animation of all videos with the
+    fm_ref, fm_inter, and the names of `video_metrics`. TensorBoard also gets an animation of all ranks' videos with the
     references beside, a contact sheet and the similarity over the frames. The best adapter, by similarity among those
     that move enough, is kept in a folder of its own.
 
@@ -198,8 +200,9 @@ class GeneratedValidation(EveryNSteps):
             for trainer_logger in trainer.loggers:
                 trainer_logger.log_metrics(named, trainer.global_step)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+            shown = gather_videos(generated)
             if trainer.is_global_zero:
-                self.show(trainer, generated)
+                self.show(trainer, shown)
             if self.is_best(figures):
                 self.best = {name: figures[name] for name in BEST} | {"step": trainer.global_step}
                 pl_module.save_adapter(self.best_folder)
@@ -250,7 +253,7 @@ class GeneratedValidation(EveryNSteps):
         return moves and (self.best is None or figures["similarity"] > self.best["similarity"])
 
     def show(self, trainer: Trainer, generated: Sequence[Generated]) -> None:
-        """Rank zero's videos, in TensorBoard."""
+        """In TensorBoard."""
         rows = [SheetRow(f"{g.person.key}: {g.prompt}", g.person.photos[0], (g.frames,)) for g in generated]
         shown = sample_frames(len(generated[0].frames), FRAMES_SHOWN)
         sheet = contact_sheet(rows, ["generated"], shown, HEIGHT)
@@ -263,6 +266,20 @@ class GeneratedValidation(EveryNSteps):
                 writer.add_figure("validation/similarity_over_frames", figure, step, close=False)
                 writer.file_writer.add_summary(gif_summary("validation/videos", gif), step)
                 writer.flush()
+
+
+def gather_videos(generated: Sequence[Generated], height: int = HEIGHT) -> list[Generated]:
+    """All ranks' videos on rank zero, in the order of people, their frames reduced to what is shown; elsewhere none.
+
+    Without other ranks, the videos as they are.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(generated)
+    reduced = [video._replace(frames=reduce_frames(video.frames, height)) for video in generated]
+    shares = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(reduced, shares)
+    turns = itertools.zip_longest(*(shares or []))  # rank r made every n-th video from the r-th
+    return [video for turn in turns for video in turn if video is not None]
 
 
 def face_metrics() -> dict[str, Metric]:

@@ -124,5 +124,14 @@ def animation(rows: Sequence[SheetRow], height: int, num_columns: int = 4) -> li
     return pictures
 
 
+def reduce_frames(frames: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
+    """(F, H, W, 3) -> (F, height, width, 3); lower ones stay as they are."""
+    _, frame_height, frame_width, _ = frames.shape
+    if frame_height <= height:
+        return frames
+    size = max(round(frame_width * height / frame_height), 1), height
+    return np.stack([np.asarray(resized(frame, size)) for frame in frames])
+
+
 def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.ema import TrainableEMA
+from callbacks.generated_validation import Generated, gather_videos
 from callbacks.nonfinite import NonFiniteGuard
 from mm_lightning.checkpoint import gather_tensors, trainable_state_dict
 from mm_lightning.strategy import TrainableModelParallelStrategy
@@ -53,6 +55,14 @@ def fit(folder: Path, strategy: Any, ckpt_path: Path | None = None, **module: An
     }
 
 
+def gathered_videos(rank: int, num_videos: int = 3) -> list[tuple[str, list[int], int]]:
+    """Prompt, frames' shape and brightness of videos of which every rank has made its share."""
+    frames = np.ones((2, 256, 512, 3), np.uint8)
+    made = [Generated(None, f"video {i}", frames * (10 * i), None) for i in range(num_videos)[rank::2]]
+    gathered = gather_videos(made)
+    return [(video.prompt, list(video.frames.shape), int(video.frames.mean())) for video in gathered]
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     results = {
@@ -66,6 +76,7 @@ def main(out: Path) -> None:
     for name, strategy in {"ddp": ddp, "fsdp": fsdp}.items():
         results[f"{name}_nan"] = fit(out / f"{name}_nan", strategy(), poison=lambda step, rank: (step, rank) == (1, 1))
         results[f"{name}_fatal"] = fit(out / f"{name}_fatal", strategy(), poison=lambda step, rank: rank == 1)
+    results["videos"] = gathered_videos(dist.get_rank())
     if dist.get_rank() == 0:
         torch.save(results, out / "results.pt")
     dist.barrier()

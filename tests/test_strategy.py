@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from callbacks.ema import TrainableEMA
 from mm_lightning.checkpoint import require_complete, trainable_state_dict
 from mm_lightning.strategy import TrainableModelParallelStrategy, shard_module
+from tests.strategy_worker import gathered_videos
 from tests.toy import TRAINABLE, PlainRun, ToyModule, assert_same, loader, make_trainer, plain_run
 
 ROOT = Path(__file__).parents[1]
@@ -225,3 +226,10 @@ def test_mixed_dtypes_share_a_unit(tmp_path: Path, one_process_group: None) -> N
     make_trainer(tmp_path, 3, strategy=strategy, precision="bf16-mixed").fit(model, loader())
     assert model.losses == pytest.approx(plain_run(range(3)).losses, rel=2e-2)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_rank_zero_shows_all_ranks_videos_in_order(runs: dict[str, Any]) -> None:
+    """Reduced to the height at which they are shown; one process shows its own as they are."""
+    assert runs["videos"] == [(f"video {i}", [2, 128, 256, 3], 10 * i) for i in range(3)]
+    alone = gathered_videos(0, num_videos=1)
+    assert alone == [("video 0", [2, 256, 512, 3], 0)]
