@@ -11,6 +11,7 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import c2pa
@@ -18,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from filelock import FileLock
 from PIL import Image
 
 from mm_lightning.checkpoint import replace_path
@@ -61,7 +63,7 @@ def read_signing(key: str | Path | None = None, certificates: str | Path | None 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one of the two without the other, or a key of another kind.
+        ValueError: one of the two without the other, a key of another kind, or files that cannot sign.
     """
     if (key is None) != (certificates is None):
         raise ValueError("--signing-key and --signing-certificates go together: give both or neither.")
@@ -71,8 +73,26 @@ def read_signing(key: str | Path | None = None, certificates: str | Path | None 
         if not Path(path).is_file():
             raise FileNotFoundError(f"No such file for signing: {path}.")
     signing = Signing(Path(certificates).read_bytes(), Path(key).read_bytes())
-    algorithm_of(signing)
+    try_signing(signing)
     return signing
+
+
+def try_signing(signing: Signing) -> None:
+    """Sign a picture of one pixel: what is wrong is told now, not after an hour of generating.
+
+    Raises:
+        ValueError: the certificates are not the key's, or not for signing content.
+    """
+    with TemporaryDirectory() as folder:
+        picture = Path(folder) / "pixel.png"
+        Image.new("RGB", (1, 1)).save(picture)
+        try:
+            sign_file(picture, signing, "pixel")
+            mark = read_mark(picture)
+        except ValueError as error:
+            raise ValueError(f"Nothing can be signed with this key and these certificates: {error}") from error
+    if not mark.intact:
+        raise ValueError(f"Signatures with this key and these certificates are not valid: {', '.join(mark.problems)}.")
 
 
 def local_signing() -> Signing:
@@ -80,11 +100,12 @@ def local_signing() -> Signing:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / PACKAGE / "signing"
     key_file, certificates_file = folder / "key.pem", folder / "certificates.pem"
-    if not (key_file.is_file() and certificates_file.is_file()):
-        signing = make_certificates()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_private(key_file, signing.key)
-        write_private(certificates_file, signing.certificates)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # parts that start together would mix two pairs
+        if not (key_file.is_file() and certificates_file.is_file()):
+            signing = make_certificates()
+            write_private(key_file, signing.key)
+            write_private(certificates_file, signing.certificates)
     return Signing(certificates_file.read_bytes(), key_file.read_bytes())
 
 
@@ -141,7 +162,10 @@ def build_certificate(
 
 
 def algorithm_of(signing: Signing) -> c2pa.C2paSigningAlg:
-    key = serialization.load_pem_private_key(signing.key, password=None)
+    try:
+        key = serialization.load_pem_private_key(signing.key, password=None)
+    except TypeError as error:
+        raise ValueError("The signing key is encrypted: give one without password.") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in ALGORITHMS:
         raise ValueError(f"The signing key is none of the curves {', '.join(ALGORITHMS)}: make one of these.")
     return c2pa.C2paSigningAlg[ALGORITHMS[key.curve.name]]

@@ -6,17 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
 import pytest
 import skimage.data
+from cryptography.hazmat.primitives import serialization
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mm_lightning import generate
-from mm_lightning.credentials import make_certificates, read_mark
+from mm_lightning.credentials import make_certificates, read_mark, read_signing, try_signing
 from mm_lightning.generate import main
 from mm_lightning.media import DISCLOSURE
 from mm_lightning.miniature.sampling import Sampling
@@ -254,6 +256,46 @@ def test_a_signer_of_ones_own(run, tmp_path):
     assert read_mark(out / "she.mp4").intact
     with pytest.raises(SystemExit, match="go together"):
         run("--prompt", "A woman img smiles", "--signing-key", str(tmp_path / "key.pem"))
+
+
+def encrypted(pem):
+    key = serialization.load_pem_private_key(pem, None)
+    hidden = serialization.BestAvailableEncryption(b"secret")
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, hidden)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda signing: signing._replace(key=make_certificates().key), "the signature does not match"),
+        (lambda signing: signing._replace(key=b"no key"), "Unable to load PEM file"),
+        (lambda signing: signing._replace(key=encrypted(signing.key)), "The signing key is encrypted"),
+        (lambda signing: signing._replace(certificates=b"no certificate"), "does not contain signing certificate"),
+    ],
+    ids=["of another", "no key", "encrypted", "no certificate"],
+)
+def test_what_cannot_sign_is_told_before_anything_is_made(run, nothing_loads, tmp_path, change, message):
+    signing = change(make_certificates())
+    (tmp_path / "key.pem").write_bytes(signing.key)
+    (tmp_path / "chain.pem").write_bytes(signing.certificates)
+    signer = ["--signing-key", str(tmp_path / "key.pem"), "--signing-certificates", str(tmp_path / "chain.pem")]
+    with pytest.raises(SystemExit, match=message):
+        run("--prompt", "A woman img smiles", *signer)
+
+
+def test_parts_that_start_together_share_one_key(tmp_path, monkeypatch):
+    """Each sees no key at first, and makes one slowly."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def slow():
+        time.sleep(0.1)
+        return make_certificates()
+
+    monkeypatch.setattr("mm_lightning.credentials.make_certificates", slow)
+    with ThreadPoolExecutor(4) as pool:
+        signings = set(pool.map(lambda _: read_signing(), range(4)))
+    assert len(signings) == 1
+    try_signing(signings.pop())
 
 
 def test_the_machines_key_is_for_its_owner_alone(run, tmp_path_factory):
