@@ -41,6 +41,7 @@ from mm_lightning.generate import (
     Guidance,
     add_signing,
     add_weights,
+    check_output,
     default_guidance,
     describe_weights,
     load_pipeline,
@@ -354,9 +355,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def load_studio(options: argparse.Namespace) -> Studio:
     """
     Raises:
-        FileNotFoundError, ValueError: as `load_pipeline`, `check_recognizer` and `read_signing`.
+        FileNotFoundError, ValueError: as `check_recognizer`, `check_output`, `read_signing` and `load_pipeline`.
     """
     check_recognizer(options.judge)
+    check_output(options.out, options.fps)
     signing = read_signing(options.signing_key, options.signing_certificates)
     pipeline = load_pipeline(options)
     made_with, out = describe_weights(pipeline, options), options.out.absolute()

@@ -42,7 +42,7 @@ from mm_lightning.evaluation.judge import Judge, Judged
 from mm_lightning.evaluation.manifest import Entry, read_manifest
 from mm_lightning.evaluation.report import FIGURES, Figure, render, to_json
 from mm_lightning.evaluation.summary import Estimate, bootstrap
-from mm_lightning.files import write_text
+from mm_lightning.files import check_writable, write_text
 from mm_lightning.metrics.arithmetic import mean_embedding
 from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
 from mm_lightning.metrics.face_motion_inter import FaceMotionInter
@@ -315,12 +315,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Judges all videos and writes results and report; the results.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_methods`, `read_cost`, `FaceReader` and `Judge`.
+        FileNotFoundError, ValueError: as `read_methods`, `read_cost`, `check_writable`, `FaceReader` and `Judge`.
     """
     if cfg.num_parts != 1:
         raise ValueError(f"num_parts={cfg.num_parts} without a part: give part=0 and so on, or leave num_parts out.")
     methods = read_methods(cfg.videos)
     cost = None if cfg.cost is None else read_cost(Path(cfg.cost))
+    check_writable(Path(cfg.out))
     judge, rates = make_judge(cfg), SuccessRates(**cfg.thresholds)
     return Evaluation(judge, rates, describe(judge.reader, cfg.num_frames), cost).run(methods, Path(cfg.out))
 

@@ -30,6 +30,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def check_writable(folder: Path) -> None:
+    """Whether a folder can be made and written to; makes nothing.
+
+    Raises:
+        ValueError: a file stands in its way, or there is no permission.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"Nothing can be written to {folder}: {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"Nothing can be written to {folder}: no permission in {there}.")
+
+
 def temporary_path(path: Path) -> Path:
     """Beside `path`, and another one for each process that writes."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

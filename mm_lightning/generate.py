@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import platform
 import sys
 import time
@@ -40,7 +41,7 @@ from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
 from mm_lightning.devices import find_device
 from mm_lightning.encoders.photos import load_photo
 from mm_lightning.encoders.text import IdentityTokenizer
-from mm_lightning.files import write_json
+from mm_lightning.files import check_writable, write_json
 from mm_lightning.jobs import Job, check_jobs, check_prompts, check_shapes, name_jobs, part_of, read_jobs
 from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
 from mm_lightning.pipeline import MagicMirrorPipeline, find_vision
@@ -312,6 +313,17 @@ def named_weights(options: argparse.Namespace) -> tuple[str | Path, str | Path |
     return options.base, options.adapter
 
 
+def check_output(out: Path, fps: float) -> None:
+    """Whether videos can be written.
+
+    Raises:
+        ValueError: no folder that can be written to, or frames per second that are no such number.
+    """
+    if not 0 < fps < math.inf:
+        raise ValueError(f"--fps={fps}: give a number above 0.")
+    check_writable(out)
+
+
 def check_fit(jobs: Sequence[Job], base: str | Path) -> None:
     """Before weights are read; raises what `check_base`, `check_shapes` and `check_prompts` raise."""
     backbone = Backbone.from_pretrained(base, components=())
@@ -398,6 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not jobs:
             logger.info("Part %s has no jobs.", options.part)
             return
+        check_output(options.out, options.fps)
         signing = None if options.unsigned else read_signing(options.signing_key, options.signing_certificates)
         check_fit(jobs, named_weights(options)[0])
         pipeline = load_pipeline(options)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mm_lightning.files import write_json, write_text
+from mm_lightning.files import check_writable, write_json, write_text
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
@@ -41,3 +41,15 @@ def test_keys_are_sorted_unless_their_order_says_something(tmp_path):
     write_json(tmp_path / "kept.json", {"b": 1, "a": 2}, sort_keys=False)
     assert list(json.loads((tmp_path / "sorted.json").read_text())) == ["a", "b"]
     assert list(json.loads((tmp_path / "kept.json").read_text())) == ["b", "a"]
+
+
+def test_where_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a")
+    check_writable(tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(ValueError, match=rf"Nothing can be written to {folder}: {tmp_path}/file is a file"):
+            check_writable(folder)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"new: no permission in {tmp_path}"):
+        check_writable(tmp_path / "new")

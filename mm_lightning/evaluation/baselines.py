@@ -28,7 +28,7 @@ from mm_lightning.backbone import Backbone, check_frames, fetch, local_folder, r
 from mm_lightning.credentials import Signing, read_signing
 from mm_lightning.devices import find_device
 from mm_lightning.encoders.photos import load_photo
-from mm_lightning.generate import Generator, add_running, dtype_of, package_versions, run_as
+from mm_lightning.generate import Generator, add_running, check_output, dtype_of, package_versions, run_as
 from mm_lightning.jobs import Job, check_jobs, check_shapes, name_jobs, part_of, read_jobs
 from mm_lightning.provenance import fingerprint
 
@@ -173,13 +173,14 @@ def run(options: argparse.Namespace) -> list[Path]:
     """The videos' paths.
 
     Raises:
-        FileNotFoundError, ValueError: as `make_jobs`, `find_folder`, `check_shapes` and `run_as`; a part of the base is
-            not there.
+        FileNotFoundError, ValueError: as `make_jobs`, `check_output`, `find_folder`, `check_shapes` and `run_as`; a
+            part of the base is not there.
     """
     jobs = make_jobs(options)
     if not jobs:
         logger.info("Part %s has no jobs.", options.part)
         return []
+    check_output(options.out, options.fps)
     folder, dtype, device = find_folder(options.method, options.base), dtype_of(options), find_device(options.device)
     configs = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
     check_shapes(jobs, Backbone(folder.name, None, None, *configs))

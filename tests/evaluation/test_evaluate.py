@@ -341,13 +341,14 @@ def test_a_file_that_holds_no_costs(videos, tmp_path, content):
         (["+videos.ours={videos}", "recognizer=/nowhere"], "/nowhere"),
         (["+videos.ours={videos}", "num_parts=4"], "num_parts=4 without a part: give part=0"),
         (["+videos.ours={videos}", "cost=/nowhere.json"], "cost=/nowhere.json is not there"),
+        (["+videos.ours={videos}", f"out={__file__}"], "test_evaluate.py is a file"),
         (["+videos.ours={videos}", "device=cudo"], "device=cudo: torch has none here"),
         (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
     ],
 )
 def test_mistakes(videos, tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
-        run_here(*(text.format(videos=videos) for text in arguments), f"out={tmp_path}/o")
+        run_here(f"out={tmp_path}/o", *(text.format(videos=videos) for text in arguments))
     assert not (tmp_path / "o").exists()
 
 
