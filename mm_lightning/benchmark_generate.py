@@ -52,7 +52,7 @@ def measure(calls: Calls, device: torch.device, repetitions: int) -> list[Row]:
     for round_number in range(repetitions + 1):
         for name, call in calls.items():
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()
             call()
             synchronize(device)
@@ -64,7 +64,7 @@ def measure(calls: Calls, device: torch.device, repetitions: int) -> list[Row]:
 
 def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -143,11 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pipeline.set_progress_bar_config(disable=True)
         names = ("prompt", "num_inference_steps", "num_frames", "height", "width", "guidance_scale")
         calls = make_calls(pipeline, a.photos, {name: getattr(a, name) for name in names})
-        device = pipeline.device
+        device = pipeline._execution_device  # also where the weights wait on the CPU
         rows = measure(calls, device, a.repetitions)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_WIDTH)  # not cut where the output is a file
     sizes = parameters(pipeline)

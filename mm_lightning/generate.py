@@ -126,7 +126,10 @@ class Generator:
         frames = self.frames(job)
         self.write(path, frames)
         self.write_sheet(path.with_suffix(".sheet.jpg"), job, frames)
-        record |= {"seconds": round(time.monotonic() - start, 2), "device": describe_device(self.pipeline.device)}
+        record |= {
+            "seconds": round(time.monotonic() - start, 2),
+            "device": describe_device(self.pipeline._execution_device),
+        }
         write_json(path.with_suffix(".json"), record, sort_keys=False)
         logger.info("%s", path)
         return path

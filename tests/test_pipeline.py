@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from accelerate import cpu_offload
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -267,6 +268,20 @@ def test_offloading_changes_nothing(pipe, tiny_folder, trained, astronaut, ident
     offloaded.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         torch.testing.assert_close(generate(offloaded, **options), generate(pipe, **options), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("identity_guidance_scale", [1.0, 2.0])
+def test_weights_that_come_by_layer_change_nothing(pipe, tiny_folder, trained, astronaut, identity_guidance_scale):
+    """What `enable_sequential_cpu_offload` does to transformer and VAE, with the CPU in the accelerator's place; T5's
+    tied embedding accelerate cannot move from the CPU to the CPU.
+    """
+    options = {"reference_images": astronaut, "identity_guidance_scale": identity_guidance_scale}
+    offloaded = MagicMirrorPipeline.from_pretrained(tiny_folder, trained.adapter, detector="dlib")
+    offloaded.set_progress_bar_config(disable=True)
+    for module in (offloaded.transformer, offloaded.vae):
+        cpu_offload(module, "cpu")
+        assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+    torch.testing.assert_close(generate(offloaded, **options), generate(pipe, **options), rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
