@@ -119,18 +119,20 @@ class Generator:
         """The video of a job, kept if it is there and was made in the same way."""
         record = self.describe(job)
         path = self.out / f"{job.name}{'.png' if self.num_frames(job) == 1 else '.mp4'}"
-        if path.is_file() and same_making(path.with_suffix(".json"), record):
+        file = path.with_suffix(".json")
+        if path.is_file() and same_making(file, record):
             logger.info("%s is there, made in the same way: kept", path)
             return path
         start = time.monotonic()
         frames = self.frames(job)
+        file.unlink(missing_ok=True)  # of a former video: interrupted here, it would vouch for this one
         self.write(path, frames)
         self.write_sheet(path.with_suffix(".sheet.jpg"), job, frames)
         record |= {
             "seconds": round(time.monotonic() - start, 2),
             "device": describe_device(self.pipeline._execution_device),
         }
-        write_json(path.with_suffix(".json"), record, sort_keys=False)
+        write_json(file, record, sort_keys=False)
         logger.info("%s", path)
         return path
 

@@ -151,6 +151,17 @@ def test_one_frame_is_a_png(run):
     assert (mark.comment, mark.intact, mark.generated) == (DISCLOSURE, True, True)
 
 
+def test_a_record_does_not_outlive_its_video(run, monkeypatch):
+    """Interrupted between the new video and its record, then asked for the former one again."""
+    first, _ = decode(run("--prompt", "A woman img smiles", "--name", "she") / "she.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Generator, "write_sheet", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("--prompt", "A woman img smiles", "--name", "she", "--seed", "1")
+    again, _ = decode(run("--prompt", "A woman img smiles", "--name", "she") / "she.mp4")
+    assert np.array_equal(again, first)
+
+
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_jobs_from_a_file(run, photo, tmp_path, kind):
     other = tmp_path / "other.jpg"
