@@ -37,12 +37,11 @@ from mm_lightning.encoders.recognizer import FaceRecognizer, check_recognizer, l
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder, drop_text
 from mm_lightning.face_decoder import FaceDecoder
 from mm_lightning.losses.identity import average_reference_embedding
+from mm_lightning.losses.means import EpochSums, loss_sums, means_of, weighted_mean
 from mm_lightning.pipeline import MagicMirrorPipeline
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
 from mm_lightning.strategy import shard_module
 from mm_lightning.types import Batch, FaceFeatures, IdentityCondition, LossOutput, NoisySample, Preview, TextFeatures
-
-TIMESTEP_BINS = 4
 
 
 def sample_generators(seed: int, step: int, keys: Sequence[str]) -> list[torch.Generator]:
@@ -223,13 +222,24 @@ class MagicMirrorModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, sample = self.compute_loss(batch, sample_generators(self.seed, self.global_step, batch.keys))
-        self.log_loss("train", loss, sample)
-        return loss.total.mean()
+        for name, value in means_of(self.loss_sums(batch, loss, sample)).items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch.keys))
+        return weighted_mean(loss.total, batch.weights)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation = EpochSums()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same loss with noise that depends on the sample alone, so that runs and steps can be compared."""
         loss, sample = self.compute_loss(batch, sample_generators(self.seed, -1, batch.keys))
-        self.log_loss("val", loss, sample, sync_dist=True)
+        self.validation.add(self.loss_sums(batch, loss, sample))
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.validation.means(self.trainer.strategy).items():
+            self.log(f"val/{name}", value, prog_bar=name == "loss")
+
+    def loss_sums(self, batch: Batch, loss: LossOutput, sample: NoisySample) -> dict[str, Tensor]:
+        return loss_sums(loss, sample.timestep, self.diffusion.num_train_timesteps, batch.weights)
 
     def compute_loss(self, batch: Batch, generators: list[torch.Generator]) -> tuple[LossOutput, NoisySample]:
         latents = self.encode_latents(batch, generators)  # (B, F', C, h, w)
@@ -316,20 +326,6 @@ class MagicMirrorModule(LightningModule):
         """Decode the face of the estimated clean latents and embed it, where the model was told whose it is."""
         wanted = wanted & has_identity & batch.reference_mask.any(dim=1)
         return self.face_decoder(denoised, batch.face_boxes, batch.face_landmarks, wanted)
-
-    def log_loss(self, stage: str, loss: LossOutput, sample: NoisySample, **kwargs: Any) -> None:
-        """Every term, the velocity error by timestep, and the counts; what applies to no sample is not logged."""
-        batch_size = len(loss.total)
-        means = {f"{stage}/loss/{name}": term[~term.isnan()] for name, term in loss.terms.items()}
-        bins = sample.timestep * TIMESTEP_BINS // self.diffusion.num_train_timesteps
-        width = self.diffusion.num_train_timesteps // TIMESTEP_BINS
-        for i in range(TIMESTEP_BINS):
-            means[f"{stage}/velocity_at/{i * width}-{(i + 1) * width - 1}"] = loss.terms["velocity"][bins == i]
-        means = {name: values.mean() for name, values in means.items() if len(values)}
-        self.log_dict(means, batch_size=batch_size, **kwargs)
-        self.log(f"{stage}/loss", loss.total.mean(), prog_bar=True, batch_size=batch_size, **kwargs)
-        for name, count in loss.counts.items():
-            self.log(f"{stage}/count/{name}", count.float(), batch_size=batch_size, reduce_fx="sum", **kwargs)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])

@@ -121,6 +121,17 @@ def step(module: MagicMirrorModule, batch: Batch, at: int = 0):
     return module.compute_loss(batch, sample_generators(0, at, batch.keys))
 
 
+def test_a_stand_in_does_not_train(make_module, make_batch):
+    """Of a damaged sample: another one's data under an empty key, with weight 0."""
+    module, batch = make_module(), make_batch()
+    module.log = lambda *args, **kwargs: None
+    size = len(batch.keys)
+    weights = torch.tensor([1.0] + [0.0] * (size - 1))
+    loss = module.training_step(batch._replace(weights=weights), 0)
+    assert size > 1
+    assert loss == step(module, batch)[0].total[0]
+
+
 @pytest.mark.parametrize(
     ("ablations", "expected"),
     [

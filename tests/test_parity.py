@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
 
@@ -37,6 +39,7 @@ def runs(tiny_folder, sample_shards, tmp_path_factory):
         "data.num_workers=0",
         "global_batch_size=4",
         "trainer.max_steps=3",
+        "data.num_val_samples=6",
         "model.optimizer._target_=torch.optim.SGD",
         "~model.optimizer.betas",
         "model.optimizer.lr=0.1",
@@ -45,10 +48,10 @@ def runs(tiny_folder, sample_shards, tmp_path_factory):
         "~callbacks.preview",
         "~callbacks.progress",
     )
-    train(*common, "task=single")
-    train(*common, "task=accumulated", "data.batch_size=1")
-    train(*common, "task=ddp", "strategy=ddp", "trainer.devices=2")
-    train(*common, "task=fsdp", "strategy=fsdp", "trainer.devices=2")
+    train(*common, "task=single", "trainer.val_check_interval=3")
+    train(*common, "task=accumulated", "data.batch_size=1", "trainer.val_check_interval=12")
+    train(*common, "task=ddp", "strategy=ddp", "trainer.devices=2", "trainer.val_check_interval=3")
+    train(*common, "task=fsdp", "strategy=fsdp", "trainer.devices=2", "trainer.val_check_interval=3")
     return {path.name: path / "latest" for path in output.iterdir()}
 
 
@@ -59,6 +62,20 @@ def test_adapters_are_the_same(runs, strategy):
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
     assert any(tensor.any() for name, tensor in found.items() if "to_v" in name)  # it did train
+
+
+@pytest.mark.parametrize("strategy", ["accumulated", "ddp", "fsdp"])
+def test_validation_says_the_same(runs, strategy):
+    """However the six samples fall into batches and onto processes; some quarter of the timesteps is met by few."""
+    expected, found = (validation_figures(runs[name]) for name in ("single", strategy))
+    assert {"val/loss", "val/loss/velocity", "val/loss/identity", "val/count/identity"} < expected.keys()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def validation_figures(run: Path) -> dict[str, float]:
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("val/")]
+    return {tag: events.Scalars(tag)[-1].value for tag in tags}
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])

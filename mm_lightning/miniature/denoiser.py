@@ -28,9 +28,10 @@ from mm_lightning.backbone import Backbone, RotaryEmbeddings, read_json
 from mm_lightning.checkpoint import check_checkpoint, filter_checkpoint, remove_path, replace_path, require_complete
 from mm_lightning.diffusion import Diffusion
 from mm_lightning.losses.diffusion import VelocityLoss
+from mm_lightning.losses.means import EpochSums, means_of, timestep_sums
 from mm_lightning.miniature.autoencoder import EXPORT_DTYPES, KINDS, picture_grid
 from mm_lightning.miniature.latents import LatentBatch, build_text, load_frozen, require_frozen
-from mm_lightning.module import TIMESTEP_BINS, sample_generators
+from mm_lightning.module import sample_generators
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
 from mm_lightning.types import IdentityCondition, NoisySample
 
@@ -216,8 +217,16 @@ class DenoiserModule(L.LightningModule):
         loss, sample = self.compute_loss(batch, [generator] * count, timestep)
         self.log("train/loss", loss.mean(), prog_bar=True, batch_size=count)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_by_timestep("train", loss.detach(), sample)
+            for name, value in means_of(self.sums_by_timestep(loss.detach(), sample)).items():
+                self.log(f"train/{name}", value, batch_size=count)
         return loss.mean()
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation = EpochSums()
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.validation.means(self.trainer.strategy).items():
+            self.log(f"val/{name}", value)
 
     def validation_step(self, batch: LatentBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Uniform timesteps, and noise that depends on the sample alone: steps and runs can be compared."""
@@ -226,7 +235,7 @@ class DenoiserModule(L.LightningModule):
         self.log(f"val/loss_{kind}", loss.mean(), prog_bar=True, batch_size=len(loss), **options)
         if kind == KINDS[0]:  # hyper-parameters are compared by it
             self.log("val/loss", loss.mean(), batch_size=len(loss), **options)
-            self.log_by_timestep("val", loss, sample, **options)
+            self.validation.add(self.sums_by_timestep(loss, sample))
         if batch_idx == 0:
             self.show(kind, batch)
 
@@ -257,14 +266,9 @@ class DenoiserModule(L.LightningModule):
             self.rotary[size] = self.frozen.rotary_embeddings(num_frames, height * ratio, width * ratio, self.device)
         return self.rotary[size]
 
-    def log_by_timestep(self, stage: str, loss: Tensor, sample: NoisySample, **options: Any) -> None:
-        """The velocity's error in each quarter of the timesteps of which there are any."""
-        width = self.diffusion.num_train_timesteps // TIMESTEP_BINS
-        for i in range(TIMESTEP_BINS):
-            values = loss[sample.timestep // width == i]
-            if len(values):
-                name = f"{stage}/velocity_at/{i * width}-{(i + 1) * width - 1}"
-                self.log(name, values.mean(), batch_size=len(values), **options)
+    def sums_by_timestep(self, loss: Tensor, sample: NoisySample) -> dict[str, Tensor]:
+        chosen = torch.ones_like(sample.timestep, dtype=torch.bool)
+        return timestep_sums(loss, sample.timestep, self.diffusion.num_train_timesteps, chosen)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory([(n, p) for n, p in self.named_parameters() if p.requires_grad])
