@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mm_lightning.config import (
+    check_callbacks,
     check_config,
     check_devices,
     limit_threads,
@@ -13,6 +14,7 @@ from mm_lightning.config import (
     mark_latest,
     register_resolvers,
     short_errors,
+    told_to_stop,
 )
 
 register_resolvers()
@@ -28,12 +30,14 @@ def train(cfg: DictConfig) -> None:
         module = instantiate(cfg.model)  # looks at every path and loads none
         if cfg.ckpt_path is not None:
             module.check_resume(cfg.ckpt_path)
-        callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-        loggers = [instantiate(logger) for logger in cfg.logger.values()]
+        callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+        check_callbacks(callbacks, module)
+        loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
         trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
         check_devices(trainer, cfg)
     log_hyperparameters(trainer, cfg)
-    trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    with told_to_stop():
+        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     mark_latest(cfg.paths.run_dir)
 
 

@@ -7,6 +7,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
+def check_generates(module: LightningModule, name: str) -> None:
+    """
+    Raises:
+        ValueError: a part is not loaded that generating needs.
+    """
+    missing = sorted({"vae", "text_encoder"} - set(getattr(module, "components", ("vae", "text_encoder"))))
+    if missing:
+        raise ValueError(
+            f"{name} generates clips and needs {' and '.join(missing)}: add them to model.components, or give ~{name}."
+        )
+
+
 class EveryNSteps(Callback):
     """Calls `act` every n optimizer steps and at the end, once for a step.
 
@@ -22,6 +34,13 @@ class EveryNSteps(Callback):
             raise ValueError(f"every_n_steps={every_n_steps}: give 0 (only at the end) or more.")
         self.every_n_steps = every_n_steps
         self._last_step = 0
+
+    def check_module(self, module: LightningModule) -> None:
+        """Before anything is loaded.
+
+        Raises:
+            ValueError: the module lacks what `act` needs, or does not take the callback's settings.
+        """
 
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After optimizer step `trainer.global_step`."""

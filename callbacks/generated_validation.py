@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from callbacks.ema import averaged_weights
-from callbacks.every_n_steps import EveryNSteps
+from callbacks.every_n_steps import EveryNSteps, check_generates
 from callbacks.tensorboard_media import evaluation
 from mm_lightning.media import SheetRow, animation, contact_sheet, encode_gif, reduce_frames, sample_frames, to_uint8
 from mm_lightning.metrics.face_detection_rate import FaceDetectionRate
@@ -125,6 +126,8 @@ class GeneratedValidation(EveryNSteps):
         super().__init__(every_n_steps)
         if num_people < 1 or stride < 1:
             raise ValueError(f"num_people={num_people}, stride={stride}: give at least one person and a stride from 1.")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: give a number from 1.")
         self.face_reader, self.num_people, self.stride = face_reader, num_people, stride
         self.prompts = None if prompts is None else tuple(prompts)
         self.sampling = {"num_frames": num_frames, "num_inference_steps": num_inference_steps}
@@ -136,22 +139,40 @@ class GeneratedValidation(EveryNSteps):
         self.seed, self.fps, self.min_motion = seed, fps, min_motion
         self.best_folder = None if best_folder is None else Path(best_folder)
         self.best: dict[str, float] | None = None
+        self.former_folder = self.best_folder  # of the run that was resumed
         self.people: list[Person] = []
 
     # When
 
+    def check_module(self, module: LightningModule) -> None:
+        check_generates(module, "callbacks.generated")
+        module.check_generation(
+            *(self.sampling[name] for name in ("num_frames", "height", "width")), self.prompts or ()
+        )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        pl_module.build_pipeline()  # what it lacks is told now, not after a thousand steps
+        self.bring_best(trainer)
         self.people = trainer.strategy.broadcast(self.choose_people(trainer, pl_module))
         if not self.people:
             logger.warning("No validation sample has a reference with a face: callbacks.generated shows nothing.")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "best_folder": str(self.best_folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        self.former_folder = Path(state_dict.get("best_folder", self.best_folder))
+
+    def bring_best(self, trainer: Trainer) -> None:
+        """A resumed run has a folder of its own; the best adapter comes along, or, where it is gone, is chosen anew."""
+        if self.best is None or self.best_folder in (None, self.former_folder):
+            return
+        if not trainer.strategy.broadcast(self.former_folder.is_dir()):
+            logger.warning("The best adapter at %s is gone: it is chosen anew.", self.former_folder)
+            self.best = None
+        elif trainer.is_global_zero:
+            shutil.copytree(self.former_folder, self.best_folder, dirs_exist_ok=True)
 
     # Whom
 

@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 
 from callbacks.ema import averaged_weights
-from callbacks.every_n_steps import EveryNSteps
+from callbacks.every_n_steps import EveryNSteps, check_generates
 from mm_lightning.media import encode_gif, to_uint8, write_mp4
 from mm_lightning.types import Preview
 
@@ -66,6 +66,9 @@ class MediaPreview(EveryNSteps):
         self.fps = fps
         self.max_height = max_height
         self._batch: Any = None
+
+    def check_module(self, module: LightningModule) -> None:
+        check_generates(module, "callbacks.preview")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._batch is None:

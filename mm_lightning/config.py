@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import CompactHydraException, InstantiationException
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from torch.utils.tensorboard.summary import hparams
+
+from mm_lightning.files import temporary_path
 
 # The precision in which the trained part stays in fp32, for each type of the frozen base.
 PRECISIONS = {"float32": None, "bfloat16": "bf16-mixed", "float16": "16-mixed"}
@@ -51,12 +55,23 @@ def count_devices(devices: int | str | list[int], num_nodes: int = 1) -> int:
     return per_node * num_nodes
 
 
+def check_whole(**numbers: Any) -> None:
+    """
+    Raises:
+        ValueError: one that is no whole number from 1.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name.replace('__', '.')}={value}: give a whole number from 1.")
+
+
 def accumulation(global_batch_size: int, batch_size: int, devices: int | str | list[int], num_nodes: int = 1) -> int:
     """Micro-batches per optimizer step, so that the global batch is the same on any number of devices.
 
     Raises:
-        ValueError: no whole number of micro-batches makes the global batch.
+        ValueError: no whole number of micro-batches makes the global batch, or one is no such number.
     """
+    check_whole(global_batch_size=global_batch_size, data__batch_size=batch_size)
     num_devices = count_devices(devices, num_nodes)
     steps, rest = divmod(global_batch_size, batch_size * num_devices)
     if rest or not steps:
@@ -68,7 +83,12 @@ def accumulation(global_batch_size: int, batch_size: int, devices: int | str | l
 
 
 def device_batch(global_batch_size: int, devices: int | str | list[int], num_nodes: int, at_most: int) -> int:
-    """The largest batch per device, up to `at_most`, of which the global batch is a multiple; 1 where there is none."""
+    """The largest batch per device, up to `at_most`, of which the global batch is a multiple; 1 where there is none.
+
+    Raises:
+        ValueError: no whole number from 1.
+    """
+    check_whole(global_batch_size=global_batch_size)
     per_device = global_batch_size // count_devices(devices, num_nodes)
     return max((size for size in range(1, at_most + 1) if per_device % size == 0 and size <= per_device), default=1)
 
@@ -79,7 +99,7 @@ def scaled(steps: int, scale: float) -> int:
     Raises:
         ValueError: `scale` is not positive.
     """
-    if scale <= 0:
+    if isinstance(scale, str) or not scale > 0:
         raise ValueError(f"scale={scale}: give a positive number; 1 is the long recipe, 0.02 a quick trial.")
     return max(1, round(steps * scale))
 
@@ -150,7 +170,8 @@ def check_config(cfg: DictConfig) -> None:
     """Resolve everything and compare what only disagrees together.
 
     Raises:
-        ValueError: the base is loaded in half precision and the trainer computes in another, or in no known type.
+        ValueError: the base is loaded in half precision and the trainer computes in another, or in no known type; a
+            callback without the logger that it writes into.
         FileNotFoundError: `ckpt_path` is not there.
     """
     OmegaConf.resolve(cfg)
@@ -164,11 +185,31 @@ def check_config(cfg: DictConfig) -> None:
             f"model.base_dtype={base_dtype} needs trainer.precision={expected} (the trained part is kept in fp32), "
             f"not {precision}; or load the base in float32."
         )
+    if not cfg.get("logger") and "learning_rate" in (cfg.get("callbacks") or {}):
+        raise ValueError(
+            "callbacks.learning_rate writes into a logger, and there is none: give ~callbacks.learning_rate."
+        )
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).exists():
         raise FileNotFoundError(
             f"ckpt_path={cfg.ckpt_path} is not there; a run keeps its checkpoints in <run>/checkpoints, the newest as "
             "last.ckpt."
         )
+
+
+def check_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> None:
+    """Whether our own can do later what they are for; raises what their `check_module` raises."""
+    for callback in callbacks:
+        if hasattr(callback, "check_module"):
+            callback.check_module(module)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[None]:
+    """A SIGTERM ends the program with 143, as shells say it: Lightning would say 0, and whatever waits would go on."""
+    try:
+        yield
+    except SIGTERMException as error:
+        raise SystemExit(128 + signal.SIGTERM) from error
 
 
 def check_devices(trainer: Trainer, cfg: DictConfig) -> None:
@@ -226,7 +267,8 @@ def log_hyperparameters(trainer: Trainer, cfg: DictConfig) -> None:
 def mark_latest(run_dir: str | Path) -> None:
     """Point `<task>/latest` at a finished run, where the next stage looks for its adapter."""
     run_dir = Path(run_dir).absolute()
-    link, fresh = run_dir.parent / "latest", run_dir.parent / ".latest"
+    link = run_dir.parent / "latest"
+    fresh = temporary_path(link.with_name(".latest"))  # runs of a task may end together
     if link.exists() and not link.is_symlink():
         return
     fresh.unlink(missing_ok=True)

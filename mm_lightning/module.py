@@ -36,7 +36,7 @@ from mm_lightning.encoders.identity import IdentityEncoder, sample_drops
 from mm_lightning.encoders.recognizer import FaceRecognizer, check_recognizer, load_recognizer
 from mm_lightning.encoders.text import IdentityTokenizer, TextEncoder, drop_text
 from mm_lightning.face_decoder import FaceDecoder
-from mm_lightning.losses.identity import average_reference_embedding
+from mm_lightning.losses.identity import NullIdentityLoss, average_reference_embedding
 from mm_lightning.losses.means import EpochSums, loss_sums, means_of, weighted_mean
 from mm_lightning.pipeline import MagicMirrorPipeline
 from mm_lightning.preview import build_pipeline, decode_latents, generate_latents
@@ -132,6 +132,17 @@ class MagicMirrorModule(LightningModule):
         for name, rate in rates.items():
             if not 0 <= rate <= 1:
                 raise ValueError(f"model.{name}={rate} is no share of the samples; give a number from 0 to 1.")
+        if self.preview_steps < 1:
+            raise ValueError(f"model.preview_steps={self.preview_steps}: give a number from 1.")
+        if self.text_drop_rate > 0 and "text_encoder" not in self.components:
+            raise ValueError(
+                f"model.text_drop_rate={self.text_drop_rate} needs what T5 says of the empty prompt: add text_encoder "
+                "to model.components, or give model.text_drop_rate=0."
+            )
+        if needs_faces(self.loss) and "vae" not in self.components:
+            raise ValueError(
+                "The identity loss decodes faces: add vae to model.components, or give model.loss.identity_weight=0."
+            )
         unknown = sorted(set(self.frozen) - set(self.front_end_parts))
         if unknown:
             raise ValueError(f"model.frozen names {unknown}; the front-end's parts are {list(self.front_end_parts)}.")
@@ -146,11 +157,13 @@ class MagicMirrorModule(LightningModule):
             self.check_record(self.init_adapter, read_adapter_config(self.init_adapter))
 
     def check_record(self, path: str | Path, saved: dict[str, Any]) -> None:
-        """Raise ValueError unless what lies at `path` was made with this base, preset and front-end."""
+        """Raise ValueError unless what lies at `path` was made with this base, preset, front-end and recogniser."""
         base = {"config_sha256": read_base_id(self.base)["config_sha256"]}
         check_same(path, {"config_sha256": saved["base"]["config_sha256"]}, base, "base model")
         check_same(path, saved["adapter"], asdict(self.adapter_config), "adapter preset")
         check_same(path, saved["front_end"], self.describe_front_end(), "front-end")
+        recognizer = {"recognizer": Path(self.recognizer).name}
+        check_same(path, {"recognizer": saved.get("recognizer")}, recognizer, "recogniser of the condition")
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -194,10 +207,12 @@ class MagicMirrorModule(LightningModule):
     def build_text_encoder(self, backbone: Backbone) -> TextEncoder | None:
         if backbone.text_encoder is None:
             return None
+        return TextEncoder(backbone.text_encoder, self.build_tokenizer(backbone))
+
+    def build_tokenizer(self, backbone: Backbone) -> IdentityTokenizer:
         max_length = backbone.transformer_config.max_text_seq_length
         words = self.extra_identity_words
-        tokenizer = IdentityTokenizer(backbone.tokenizer, max_length=max_length, extra_identity_words=words)
-        return TextEncoder(backbone.text_encoder, tokenizer)
+        return IdentityTokenizer(backbone.tokenizer, max_length=max_length, extra_identity_words=words)
 
     def build_front_end(self) -> IdentityEncoder:
         config = self.transformer.config
@@ -235,7 +250,7 @@ class MagicMirrorModule(LightningModule):
         self.validation.add(self.loss_sums(batch, loss, sample))
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.validation.means(self.trainer.strategy).items():
+        for name, value in self.validation.means(self.trainer.strategy.reduce).items():
             self.log(f"val/{name}", value, prog_bar=name == "loss")
 
     def loss_sums(self, batch: Batch, loss: LossOutput, sample: NoisySample) -> dict[str, Tensor]:
@@ -279,8 +294,6 @@ class MagicMirrorModule(LightningModule):
         return self.front_end(features, text, drop_identity)
 
     def null_prompt_embeds(self) -> Tensor:
-        if self.text is None:
-            raise ValueError("Dropping text needs the empty prompt's states: load text_encoder, or text_drop_rate=0.")
         return self.text.null_prompt_embeds()
 
     def predict(self, noisy_latents: Tensor, timestep: Tensor, identity: IdentityCondition) -> Tensor:
@@ -331,6 +344,22 @@ class MagicMirrorModule(LightningModule):
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         schedule = self.lr_schedule_factory(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def check_generation(
+        self, num_frames: int, height: int | None, width: int | None, prompts: Sequence[str] = ()
+    ) -> None:
+        """Whether clips of that size, None for the base's own, can be generated; before anything is loaded.
+
+        Raises:
+            ValueError: the base does not take the frames or the size, or nobody stands in a prompt.
+        """
+        backbone = Backbone.from_pretrained(self.base, components=())
+        config, ratio = backbone.transformer_config, backbone.vae_scale_factor_spatial
+        backbone.check_frames(num_frames)
+        backbone.check_size(height or config.sample_height * ratio, width or config.sample_width * ratio)
+        tokenizer = self.build_tokenizer(backbone)
+        for prompt in prompts:
+            tokenizer.tokenize(prompt)
 
     # Looking at it --------------------------------------------------------------------------------------------------
 
@@ -420,6 +449,11 @@ class MagicMirrorModule(LightningModule):
     def check_resume(self, path: str | Path) -> None:
         """Before anything large loads: raise ValueError if a training checkpoint belongs to another model."""
         self.check_record(path, read_record(path))
+
+
+def needs_faces(loss: nn.Module) -> bool:
+    """Whether a `CombinedLoss` looks at decoded faces."""
+    return loss.identity_weight > 0 and not isinstance(loss.identity, NullIdentityLoss)
 
 
 def select_trainable(

@@ -236,8 +236,27 @@ def test_cached_training_needs_neither_vae_nor_text_encoder(make_module, make_ba
             pixels=None, latent_moments=whole.backbone.encode_video(batch.pixels), text=whole.encode_text(batch)
         )
         assert step(lean, cached)[0].total.isfinite().all()
-    with pytest.raises(ValueError, match="text_drop_rate=0"):
-        make_module("model.components=[transformer]").null_prompt_embeds()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.components=[transformer,vae]"], "text_drop_rate=0.1 needs what T5 says of the empty prompt"),
+        (["model.components=[transformer]", "model.text_drop_rate=0.0"], "add vae to model.components"),
+        (["model.preview_steps=0"], "model.preview_steps=0: give a number from 1"),
+    ],
+)
+def test_what_a_setting_needs_is_told_at_once(make_config, overrides, message):
+    with pytest.raises(InstantiationException, match=message):
+        instantiate(make_config(*overrides).model)
+
+
+def test_another_recogniser_is_another_condition(make_module, make_config, tmp_path):
+    """128 numbers both, and not the same ones."""
+    make_module().save_adapter(tmp_path / "adapter")
+    started = ["model.recognizer=dlib_standardized", f"model.init_adapter={tmp_path}/adapter"]
+    with pytest.raises(InstantiationException, match=r"another recogniser of the condition .*'dlib' there"):
+        instantiate(make_config(*started).model)
 
 
 def test_odd_latent_frames_on_cogvideox_1_5(make_module, make_batch, tiny_1_5_folder):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -219,6 +221,25 @@ def test_two_devices_train_the_same_global_batch(strategy, data_dir, tmp_path):
     ]
 
 
+def test_a_run_that_is_told_to_stop_does_not_look_finished(tiny_folder, sample_shards, tmp_path):
+    """What waits for it, such as `make train`, must not go on with the next stage."""
+    overrides = [*small_overrides(tiny_folder, sample_shards), f"paths.output_dir={tmp_path}", "~callbacks.generated"]
+    overrides += ["trainer.max_steps=100000", "callbacks.adapter.every_n_steps=1", "callbacks.preview.every_n_steps=0"]
+    command = [sys.executable, "train.py", "experiment=stage1_image", *overrides]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: list(tmp_path.glob("stage1_image/*/adapter/adapter.safetensors")))
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not (tmp_path / "stage1_image" / "latest").exists()
+
+
+def wait_for(condition, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 # Mistakes
 
 
@@ -257,7 +278,7 @@ def refused(tiny_folder, sample_shards, tmp_path, monkeypatch):
     """The message with which `train` refuses overrides, before a weight is read."""
 
     def refuse(*overrides: str, experiment: str = "stage1_image") -> str:
-        monkeypatch.setattr("mm_lightning.module.Backbone.from_pretrained", pytest.fail)
+        monkeypatch.setattr("mm_lightning.backbone.load_component", lambda *args: pytest.fail("loaded"))
         small = small_overrides(tiny_folder, sample_shards)
         paths = (f"paths.output_dir={tmp_path}", f"paths.run_dir={tmp_path / 'run'}")
         with pytest.raises(UserError) as caught:
@@ -271,6 +292,15 @@ def refused(tiny_folder, sample_shards, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("callbacks.generated.num_frames=10", ["A clip of 10 frames", "the nearest are 9 and 13"]),
+        ("callbacks.generated.height=50", ["height=50 is no multiple of 16"]),
+        ("+callbacks.generated.prompts=[A dog runs]", ["No word for a person in the prompt 'A dog runs'"]),
+        ("callbacks.generated.num_inference_steps=0", ["num_inference_steps=0: give a number from 1"]),
+        ("data.batch_size=0", ["data.batch_size=0: give a whole number from 1"]),
+        ("data.batch_size=null", ["data.batch_size=None: give a whole number from 1"]),
+        ("global_batch_size=abc", ["global_batch_size=abc: give a whole number from 1"]),
+        ("~logger", ["callbacks.learning_rate writes into a logger, and there is none"]),
+        ("~logger.tensorboard", ["callbacks.learning_rate writes into a logger, and there is none"]),
         ("paths.shards_dir=nowhere", ["no shards matched 'nowhere/images'", "mm_lightning.prepare.samples"]),
         ("data.shards=nowhere/*.tar", ["no shards matched 'nowhere/*.tar'", "folder nowhere does not exist"]),
         ("model.base=nowhere", ["base model folder nowhere does not exist", "hf download", "mm_lightning.tiny"]),
@@ -297,6 +327,12 @@ def refused(tiny_folder, sample_shards, tmp_path, monkeypatch):
 def test_mistakes_are_told_before_anything_loads(refused, override, words):
     message = refused(override)
     assert [word for word in words if word not in message] == []
+
+
+def test_what_generates_needs_what_it_generates_with(refused):
+    lean = ("model.components=[transformer]", "model.text_drop_rate=0", "model.loss.identity_weight=0")
+    assert "callbacks.preview generates clips and needs text_encoder and vae" in refused(*lean, "~callbacks.generated")
+    assert "or give ~callbacks.generated" in refused(*lean, "~callbacks.preview")
 
 
 def test_shards_of_the_other_stage(refused, sample_shards):

@@ -5,8 +5,9 @@ Letters: B batch. Sums are name -> (2,): what was added up, and of how many.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from mm_lightning.types import LossOutput
@@ -78,7 +79,11 @@ class EpochSums:
         for name, pair in sums.items():
             self.sums[name] = self.sums.get(name, 0) + pair
 
-    def means(self, strategy: Strategy) -> dict[str, Tensor]:
-        """As `means_of`, the same on every rank. All ranks call it."""
-        pairs = strategy.reduce(torch.stack(list(self.sums.values())), reduce_op="sum")
+    def means(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """As `means_of`, the same on every rank. All ranks call it.
+
+        Args:
+            reduce: adds tensors of all ranks, such as that of a strategy of Lightning.
+        """
+        pairs = reduce(torch.stack(list(self.sums.values())), reduce_op="sum")
         return means_of(dict(zip(self.sums, pairs, strict=True)))

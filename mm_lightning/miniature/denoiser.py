@@ -225,7 +225,7 @@ class DenoiserModule(L.LightningModule):
         self.validation = EpochSums()
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.validation.means(self.trainer.strategy).items():
+        for name, value in self.validation.means(self.trainer.strategy.reduce).items():
             self.log(f"val/{name}", value)
 
     def validation_step(self, batch: LatentBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -166,6 +166,26 @@ def test_the_best_adapter_is_written(reader, train, tmp_path, talking, monkeypat
     assert callback.best["step"] == trainer.global_step == 2
 
 
+def test_the_best_comes_along_when_a_run_is_resumed(reader, train, tmp_path, caplog):
+    """Into the folder of the resumed run; where it is gone, the best is chosen anew."""
+    state = {"best": {"similarity": 0.9, "fm_inter": 0.5, "step": 3}, "best_folder": str(tmp_path / "former")}
+    (tmp_path / "former").mkdir()
+    (tmp_path / "former/adapter.safetensors").write_bytes(b"weights")
+
+    def resume(state):
+        options = {"num_people": 1, "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1}
+        callback = GeneratedValidation(reader, 0, best_folder=tmp_path / "new", **options)
+        callback.load_state_dict(state)
+        train(callback, num_steps=1)
+        return callback
+
+    assert resume(state).state_dict() == {"best": state["best"], "best_folder": str(tmp_path / "new")}
+    assert (tmp_path / "new/adapter.safetensors").read_bytes() == b"weights"
+    gone = resume(state | {"best_folder": str(tmp_path / "gone")})
+    assert gone.best is None
+    assert f"The best adapter at {tmp_path}/gone is gone" in caplog.text
+
+
 def test_without_faces_to_compare_with_it_warns_and_lets_train(reader, train, monkeypatch, caplog):
     callback = GeneratedValidation(reader, num_people=1, num_frames=5, height=32, width=32)
     monkeypatch.setattr(callback, "make_person", lambda *_: None)
