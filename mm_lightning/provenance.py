@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mm_lightning.backbone import COMPONENTS, base_name, check_base, read_json
 from mm_lightning.encoders.face import check_vision
 from mm_lightning.encoders.recognizer import check_recognizer
-
-PROBES, PROBE_BYTES = 16, 65536  # of a weight file
+from mm_lightning.files import fingerprint
 
 
 def describe_component(base: str | Path, component: str) -> dict[str, Any]:
@@ -41,21 +39,3 @@ def config_sha256(file: Path) -> str:
     """Of what the config says, without the release that wrote it and where it lay."""
     config = {name: value for name, value in read_json(file).items() if not name.startswith(("_", "transformers_"))}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(files: Sequence[Path]) -> dict[str, str]:
-    """{"weights": digest} of the files' sizes and of blocks spread over them; {} where there is none.
-
-    Retraining changes every tensor, so samples of the bytes tell; reading all of T5 would take a minute.
-    """
-    if not files:
-        return {}
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{size}".encode())
-        with file.open("rb") as stream:
-            for i in range(PROBES):
-                stream.seek(i * max(0, size - PROBE_BYTES) // max(1, PROBES - 1))
-                digest.update(stream.read(PROBE_BYTES))
-    return {"weights": f"sha256:{digest.hexdigest()[:32]}"}

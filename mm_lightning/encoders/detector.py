@@ -210,10 +210,20 @@ def load_detector(name_or_folder: str = "auto", root: str = DEFAULT_ROOT) -> Fac
         FileNotFoundError: no such pack, or one without detector.
         ValueError: several detectors, or a file that is none.
     """
+    return build_detector(resolve_detector(name_or_folder, root))
+
+
+def resolve_detector(name_or_folder: str, root: str) -> Path | None:
+    """The ONNX file that `load_detector` takes, None for dlib's; raises as it does."""
     if name_or_folder == "auto":
         name_or_folder = next((name for name in PACKS if find_detector(name, root)), "dlib")
     check_detector(name_or_folder, root)
-    return build_detector(None if name_or_folder == "dlib" else find_detector(name_or_folder, root))
+    return None if name_or_folder == "dlib" else find_detector(name_or_folder, root)
+
+
+def detector_file(name_or_folder: str, root: str) -> Path:
+    """The weights that `load_detector` reads, those of dlib's landmarks for dlib; raises as it does."""
+    return resolve_detector(name_or_folder, root) or model_path(LANDMARKS_FILE)
 
 
 @lru_cache(maxsize=2)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mm_lightning.encoders.detector import DetectedFace, FaceDetector, face_size, square_around
+from mm_lightning.pictures import to_rgb8
 
 logger = logging.getLogger(__name__)
 
@@ -46,29 +48,20 @@ def load_photo(photo: Photo) -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: no such file.
-        PhotoError: the file is no picture, or the array no RGB bytes.
+        PhotoError: the file is no picture, its pixels are floating point, or the array no RGB bytes.
     """
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[-1] != 3:
             raise PhotoError(f"A photo as array is RGB uint8 (H, W, 3), got {photo.dtype} {photo.shape}.")
         return photo
-    if isinstance(photo, Image.Image):
-        return to_rgb(photo)
     try:
-        with Image.open(photo) as picture:
-            return to_rgb(picture)
+        with nullcontext(photo) if isinstance(photo, Image.Image) else Image.open(photo) as picture:
+            return np.array(to_rgb8(picture))  # Pillow's own cannot be written to
     except FileNotFoundError:
         raise FileNotFoundError(f"No photo at {os.fspath(photo)}.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise PhotoError(f"{os.fspath(photo)} cannot be read as a picture ({error}): give a JPEG or PNG.") from error
-
-
-def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        name = "The photo" if isinstance(photo, Image.Image) else os.fspath(photo)
+        raise PhotoError(f"{name} cannot be read as a picture ({error}): give a JPEG or PNG.") from error
 
 
 def describe(photo: Photo, index: int) -> str:

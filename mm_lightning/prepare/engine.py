@@ -3,8 +3,8 @@
     source's chunks --ItemWorker on Ray Data--> {work}/{hash}/{chunk}.tar, .jsonl --SetStages, ShardWriter--> out
 
 A chunk's files appear whole or not at all and hold all that is known about it: an interrupted run does the chunks that
-are missing. Their folder's name is a hash of what decides about them (the stages' configs, versions, seed), theirs one
-of the files they were made from, so that results of other settings or other files are never taken for these.
+are missing. Their folder's name is a hash of what decides about them (the stages' configs, models, versions, the seed),
+theirs one of the files they were made from, so that results of other settings or other files are never taken for these.
 
 Ray Data schedules the chunks, and starts again what is lost with a node. It does not isolate what crashes: it would
 hand the same chunk to the next actor until all have died of it. So each actor runs the stages in a process below it.
@@ -27,8 +27,8 @@ from typing import Any, Protocol
 
 from mm_lightning.files import write_json
 from mm_lightning.prepare.report import PAGE_NAME, Report, without_picture, write_report
-from mm_lightning.prepare.sample import Rejected
-from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter
+from mm_lightning.prepare.sample import Rejected, models_of
+from mm_lightning.prepare.shards import INDEX_NAME, ShardWriter, own_files
 from mm_lightning.prepare.sources import Chunk, Source
 from mm_lightning.prepare.watch import TooManyErrorsError, Watch, progress_bar
 from mm_lightning.prepare.work import WorkFolder, library_versions, locked
@@ -220,8 +220,8 @@ class Preparation:
 
     def __post_init__(self) -> None:
         self.check()
-        self.out = Path(self.out)
-        self.base = Path(self.work or f"{self.out}.work")
+        self.out = Path(self.out).expanduser()
+        self.base = Path(self.work or f"{self.out}.work").expanduser()
         self.stages = {name: config for name, config in self.stages.items() if config is not None}
         self.set_stages = {name: config for name, config in self.set_stages.items() if config is not None}
         self.check_place()
@@ -231,6 +231,7 @@ class Preparation:
             "format": FORMAT,
             "stages": self.stages,
             "stage_versions": {name: getattr(stage, "version", 1) for name, stage in built.items()},
+            "models": {name: models_of(stage) for name, stage in built.items()},
             "seed": self.seed,
             "versions": library_versions(),
         }
@@ -252,13 +253,15 @@ class Preparation:
             raise ValueError("no stages: nothing would decode the items.")
 
     def check_place(self) -> None:
-        """Shards among the raw files would be raw files of the next run."""
-        path = getattr(self.source, "path", None)
-        if not isinstance(path, str) or not Path(path).is_dir():
-            return
+        """Shards among the raw files would be raw files of the next run.
+
+        Raises:
+            ValueError: they would be, or files of the shards' names are there that no run wrote.
+        """
         for name, folder in (("out", self.out), ("work", self.base)):
-            if folder.resolve().is_relative_to(Path(path).resolve()):
-                raise ValueError(f"{name}={folder} lies in source.path={path}; give a folder outside of it.")
+            if self.source.reads_from(folder):
+                raise ValueError(f"{name}={folder} lies in source.path={self.source.path}; give one outside of it.")
+        own_files(self.out)
 
     def run(self) -> dict[str, Any]:
         """Does what is missing, packs, reports.
@@ -278,10 +281,12 @@ class Preparation:
                 self.report([name for name in names if self.done.is_done(name)], outcome)
                 raise TooManyErrorsError(f"{error} The report: {self.report_folder / PAGE_NAME}") from error
             outcome.steps = self.run_set_steps(names)
-            if self.limit is None:
-                outcome.index = self.pack(names, {key for step in outcome.steps for key in step.left_out})
+            left_out = {key for step in outcome.steps for key in step.left_out}
+            accepted = any(summary["key"] not in left_out for summary in self.summaries(names))
+            if accepted and self.limit is None:
+                outcome.index = self.pack(names, left_out)
             report = self.report(names, outcome)
-        if not report["num_accepted"]:
+        if not accepted:  # an earlier set in `out` is left as it is
             raise ValueError(f"no sample was accepted; {self.report_folder / PAGE_NAME} says why.")
         return report
 
@@ -387,12 +392,17 @@ class Preparation:
                     if key not in left_out and key not in writer.keys:
                         writer.write(key, fields)
                 progress.advance(task)
-        write_json(self.base / PACKED_NAME, {"made_of": digest})
+        write_json(self.base / PACKED_NAME, {"made_of": digest, "index_sha256": self.index_sha256()})
         return writer.index()
+
+    def index_sha256(self) -> str:
+        """Of the index that lies in `out`; OSError where none does."""
+        return hashlib.sha256((self.out / INDEX_NAME).read_bytes()).hexdigest()
 
     def packed(self, digest: str) -> dict[str, Any] | None:
         try:
-            if json.loads((self.base / PACKED_NAME).read_text())["made_of"] != digest:
+            record = json.loads((self.base / PACKED_NAME).read_text())
+            if record != {"made_of": digest, "index_sha256": self.index_sha256()}:
                 return None
             index = json.loads((self.out / INDEX_NAME).read_text())
             sizes = [(self.out / shard["name"]).stat().st_size for shard in index["shards"]]

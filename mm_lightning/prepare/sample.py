@@ -47,7 +47,10 @@ class Sample:
 
 
 class Stage(Protocol):
-    """One job. Arguments of the constructor are its config; large models load at the first call, not before."""
+    """One job. Arguments of the constructor are its config; large models load at the first call, not before.
+
+    A stage with models has `models()`: JSON that changes when another file is loaded, under whatever name.
+    """
 
     name: str
     reasons: tuple[str, ...]
@@ -60,3 +63,8 @@ class Stage(Protocol):
             Rejected: with one of `reasons`.
         """
         ...
+
+
+def models_of(stage: object) -> dict[str, Any]:
+    """What its `models()` says; {} of one that loads none."""
+    return stage.models() if hasattr(stage, "models") else {}

@@ -90,7 +90,7 @@ class ShardWriter:
     """Context manager: samples -> `{prefix}-000000.tar`, ... and `index.json`. No more than one sample is in memory.
 
     A tar is written under a temporary name and renamed when full; `index.json` appears when all are there, so a folder
-    without it is not a finished set. What an earlier run left under the same prefix is removed.
+    without it is not a finished set. What an earlier run left under the same prefix is removed, nothing else.
 
     Args:
         folder: where the tars go; created.
@@ -98,7 +98,7 @@ class ShardWriter:
         samples_per_shard: samples in a tar, at most.
 
     Raises:
-        ValueError: unknown kind, no samples per shard, a key with a dot or slash, or one used twice.
+        ValueError: unknown kind, no samples per shard, a key with a dot or slash, or one used twice; or as `own_files`.
     """
 
     def __init__(self, folder: str | Path, kind: str, samples_per_shard: int = 512, prefix: str = "train") -> None:
@@ -113,10 +113,11 @@ class ShardWriter:
         self.keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
+        stale = own_files(self.folder, self.prefix)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
-        for stale in self.folder.glob(f"{self.prefix}-*.tar*"):
-            stale.unlink()
+        for path in stale:
+            path.unlink()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -150,6 +151,27 @@ class ShardWriter:
         if self.tar is not None:
             self.shards.append(self.tar.close())
             self.tar = None
+
+
+def own_files(folder: Path, prefix: str = "train") -> list[Path]:
+    """What an earlier `ShardWriter` left under a prefix: shards, the indices beside them, temporary files.
+
+    Raises:
+        ValueError: a tar of such a name that `index.json` does not list and that has no index beside it.
+    """
+    tars, listed = list(folder.glob(f"{prefix}-*.tar")), listed_shards(folder)
+    for tar in sorted(tars):
+        if tar.name not in listed and not tar.with_name(tar.name + OFFSETS_SUFFIX).exists():
+            raise ValueError(f"{tar} is not a shard that was written here; move it away, or give another folder.")
+    return [*tars, *folder.glob(f"{prefix}-*.tar{OFFSETS_SUFFIX}"), *folder.glob(f"{prefix}-*.tar.*.tmp")]
+
+
+def listed_shards(folder: Path) -> set[str]:
+    """Names in `index.json`; none where it is missing or another program's."""
+    try:
+        return {shard["name"] for shard in json.loads((folder / INDEX_NAME).read_text())["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def offsets_text(

@@ -21,11 +21,11 @@ import tarfile
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, ClassVar, NamedTuple, Protocol
+from typing import IO, Any, ClassVar, NamedTuple, Protocol
 
 import fsspec
 from braceexpand import braceexpand
@@ -75,6 +75,10 @@ class Source(Protocol):
         Raises:
             ValueError, FileNotFoundError: nothing to read, or no permission to.
         """
+        ...
+
+    def reads_from(self, folder: Path) -> bool:
+        """Whether files that are written into a folder would be raw ones of the next run."""
         ...
 
 
@@ -192,8 +196,8 @@ class Folder:
         path: the folder.
         name: of the source; it stands before the path in a sample's `source`.
         captions: a .csv, .tsv, .json (a list of objects, or an object by file name) or .jsonl file.
-        file_field: the column or key in `captions` that names the file: a relative path or a bare name, with or
-            without its extension.
+        file_field: the column or key in `captions` that names the file: a relative path, the end of one or a bare name,
+            with or without its extension.
         caption_field: the column or key of the text; of a list of texts the first is taken.
         extensions: of the files that are read; None takes the usual ones.
         max_bytes: a larger file is rejected.
@@ -212,6 +216,9 @@ class Folder:
         files = itertools.islice(self.files(), limit)
         while batch := tuple(itertools.islice(files, chunk_size)):
             yield FileChunk(absolute(self.path), self.kind, self.name, batch, self.max_bytes)
+
+    def reads_from(self, folder: Path) -> bool:
+        return is_below(folder, self.path)
 
     def files(self) -> Iterator[FileItem]:
         entries = list_folder(self.path)
@@ -235,11 +242,11 @@ class Folder:
         if self.captions is None:
             return {}
         table = CaptionTable(read_table(self.captions, self.file_field, self.caption_field))
-        found = {entry.path: text for entry in media if (text := table.find(entry.path)) is not None}
+        found = table.captions([entry.path for entry in media])
         if not found:
             raise ValueError(
                 f"{self.captions}: names none of the {len(media)} files in {self.path}; its first name is "
-                f"{next(iter(table.by_name), '(none)')!r}, the first file {printable(media[0].path)!r}."
+                f"{next(iter(table.by_path), '(none)')!r}, the first file {printable(media[0].path)!r}."
             )
         return found
 
@@ -309,8 +316,13 @@ def list_remote(url: str) -> Iterator[Entry]:
     for path, info in found.items():
         relative = posixpath.relpath(path, root)
         if not any(part.startswith(".") for part in relative.split("/")):
-            stamp = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified") if name in info), "")
-            yield Entry(relative, int(info.get("size") or 0), stamp)
+            yield Entry(relative, int(info.get("size") or 0), stamp_in(info))
+
+
+def stamp_in(info: dict[str, Any]) -> str:
+    """What of a file's description by fsspec changes when it is written anew; empty where nothing does."""
+    names = ("ETag", "etag", "mtime", "LastModified", "Last-Modified")
+    return next((str(info[name]) for name in names if name in info), "")
 
 
 def nothing_found(path: str, wanted: set[str], entries: list[Entry]) -> str:
@@ -323,23 +335,42 @@ def nothing_found(path: str, wanted: set[str], entries: list[Entry]) -> str:
 
 
 class CaptionTable:
-    """Captions by relative path, or by the file's name alone where only one row has it."""
+    """Captions by relative path; a row without folder names every file of its name."""
 
     def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self.by_path: dict[str, str] = {}
-        self.by_name: dict[str, str | None] = {}
+        self.by_end: dict[str, str | None] = {}
         for file, caption in rows:
             path = posixpath.normpath(unicodedata.normalize("NFC", file.strip().replace("\\", "/")))
             self.by_path.setdefault(path, caption)
-            name = posixpath.basename(path)
-            self.by_name[name] = caption if self.by_name.get(name, caption) == caption else None
+            for end in ends_of(path)[1:]:
+                self.by_end[end] = caption if self.by_end.get(end, caption) == caption else None
 
-    def find(self, path: str) -> str | None:
-        path = unicodedata.normalize("NFC", path)
-        name, stem = posixpath.basename(path), posixpath.splitext(path)[0]
-        found = self.by_path.get(path), self.by_path.get(stem)
-        named = self.by_name.get(name), self.by_name.get(posixpath.splitext(name)[0])
-        return next((text for text in (*found, *named) if text is not None), None)
+    def captions(self, files: list[str]) -> dict[str, str]:
+        """Of the files that are named; of a table that begins further up than they do, by the ends of its paths."""
+        found = {file: text for file in files if (text := self.find(file)) is not None}
+        return found or {file: text for file in files if (text := self.find_end(file)) is not None}
+
+    def find(self, file: str) -> str | None:
+        """Of the longest row that is the file's path or the end of it."""
+        names = [name for end in ends_of(unicodedata.normalize("NFC", file)) for name in (end, without_extension(end))]
+        return next((self.by_path[name] for name in names if name in self.by_path), None)
+
+    def find_end(self, file: str) -> str | None:
+        """Of the only row that ends in the file's path."""
+        file = unicodedata.normalize("NFC", file)
+        names = file, without_extension(file)
+        return next((self.by_end[name] for name in names if name in self.by_end), None)
+
+
+def ends_of(path: str) -> list[str]:
+    """`a/b/c` -> `a/b/c`, `b/c`, `c`."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def without_extension(path: str) -> str:
+    return posixpath.splitext(path)[0]
 
 
 def read_table(path: str, file_field: str, caption_field: str) -> list[tuple[str, str]]:
@@ -375,7 +406,7 @@ def read_csv(path: str, text: str, delimiter: str) -> list[dict[str, str]]:
 def read_json(text: str, lines: bool, fields: tuple[str, str]) -> list[dict]:
     file_field, caption_field = fields
     if lines:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     content = json.loads(text)
     if isinstance(content, list):
         return content
@@ -517,14 +548,21 @@ class Img2datasetTars:
             if left is not None and left <= 0:
                 return
 
+    def reads_from(self, folder: Path) -> bool:
+        """Those below a folder of tars would be, and those beside a single tar."""
+        given = [path for paths in self.given() if not paths.startswith(PIPE) for path in braceexpand(paths)]
+        return any(is_below(folder, path) or is_beside(folder, path) for path in given)
+
+    def given(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
     def tars(self) -> list[tuple[str, str]]:
         """Urls, and the names that keys are made from.
 
         Raises:
             FileNotFoundError: no tar.
         """
-        given = [self.path] if isinstance(self.path, str) else list(self.path)
-        found = [tar for path in given for tar in expand_tars(path)]
+        found = [tar for path in self.given() for tar in expand_tars(path)]
         if not found:
             raise FileNotFoundError(f"source.path={self.path}: no .tar there.")
         return found
@@ -592,8 +630,10 @@ def open_tar(url: str, offset: int = 0) -> Iterator[tarfile.TarFile]:
 @contextmanager
 def open_stream(url: str) -> Iterator[IO[bytes]]:
     if not url.startswith(PIPE):
-        with fsspec.open(url, "rb") as file:
-            yield file
+        with ExitStack() as stack:
+            with client_errors(url):
+                file = stack.enter_context(fsspec.open(url, "rb"))
+            yield RemoteFile(file, url) if is_remote(url) else file
         return
     with tempfile.TemporaryFile() as messages:
         command = url.removeprefix(PIPE)
@@ -606,6 +646,32 @@ def open_stream(url: str) -> Iterator[IO[bytes]]:
             raise
         finally:
             stop_group(process)
+
+
+class RemoteFile:
+    """What tarfile reads a stream by; whatever fails is an OSError."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self.file, self.url = file, url
+
+    def read(self, size: int) -> bytes:
+        with client_errors(self.url):
+            return self.file.read(size)
+
+
+@contextmanager
+def client_errors(url: str) -> Iterator[None]:
+    """What a file system's client raises as OSErrors, which aiohttp's refusals and broken connections are not.
+
+    Raises:
+        OSError: anything failed.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def check_ended(process: subprocess.Popen, messages: IO[bytes]) -> None:
@@ -674,10 +740,27 @@ def read_record(data: bytes | None) -> dict:
 
 
 def stamp_of(url: str) -> str:
-    if is_remote(url):
+    """Size and time or tag of a tar; empty for a command, and where a server does not tell.
+
+    Raises:
+        ValueError: a protocol that is not known, or needs another package.
+    """
+    if url.startswith(PIPE):
         return ""
+    if is_remote(url):
+        return remote_stamp(url)
     status = os.stat(url)
     return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def remote_stamp(url: str) -> str:
+    system, path = open_file_system(url)
+    try:
+        with client_errors(url):
+            info = system.info(path)
+    except OSError:  # reading it will say so
+        return ""
+    return f"{info.get('size')}-{stamp_in(info)}"
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -690,6 +773,23 @@ def is_remote(path: str) -> bool:
 def absolute(path: str) -> str:
     """A worker may stand in another folder."""
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def local_path(path: str) -> Path:
+    """`file://` and `~` are understood; any other url gives a path at which nothing is."""
+    return Path(absolute(path.removeprefix("file://")))
+
+
+def is_below(folder: Path, path: str) -> bool:
+    """Whether a folder is the one at `path` or lies in it."""
+    raw = local_path(path)
+    return raw.is_dir() and folder.resolve().is_relative_to(raw.resolve())
+
+
+def is_beside(folder: Path, path: str) -> bool:
+    """Whether a folder is where the file or pattern at `path` lies."""
+    raw = local_path(path)
+    return not raw.is_dir() and folder.resolve() == raw.parent.resolve()
 
 
 def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

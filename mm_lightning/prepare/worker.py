@@ -1,7 +1,8 @@
 """Items through the stages, in a process of their own: what crashes there costs one item.
 
 `ItemWorker` starts that process, hands it chunks and reads results item by item. When it dies, the item it was at is
-tried once more, alone in a fresh process; if that dies too the item is rejected, and the rest goes on.
+tried once more, alone in a fresh process; if that dies too the item is rejected, and the rest goes on. Where both died
+before they had read an item from the chunk, the chunk ends there.
 """
 
 from __future__ import annotations
@@ -282,11 +283,18 @@ def serve(connection: Connection) -> None:
 
 
 class Died(Exception):  # noqa: N818, an event that is recovered from
-    """The process ended while it was at the item at `position`; `detail` says how."""
+    """The process ended; `detail` says how, `arrived` whether the item had been read from its chunk."""
 
-    def __init__(self, position: int, key: str, source: str, reason: str, detail: str) -> None:
+    def __init__(self, arrived: bool, key: str, source: str, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.position, self.key, self.source, self.reason, self.detail = position, key, source, reason, detail
+        self.arrived, self.key, self.source, self.reason, self.detail = arrived, key, source, reason, detail
+
+    def result(self) -> ItemResult:
+        """The item as rejected."""
+        result = ItemResult()
+        result.count(READ).num_in += 1
+        record(result, READ, Sample(self.key, "", self.source), self.reason, self.detail)
+        return result
 
 
 class ItemWorker:
@@ -322,20 +330,20 @@ class ItemWorker:
                     start += 1
                     yield result
                 return
-            except Died:
-                yield self.run_alone(chunk, start)
+            except Died as first:
+                try:
+                    yield self.run_alone(chunk, start)
+                except Died as second:
+                    yield second.result()
+                    if not (first.arrived or second.arrived):  # reading fails, and would from any later item on
+                        return
                 start += 1
 
     def run_alone(self, chunk: Chunk, position: int) -> ItemResult:
-        """Once more in a fresh process, so that nothing which came before has a part in it."""
+        """Once more in a fresh process, so that nothing which came before has a part in it; raises as `run`."""
         self.close()
         try:
             return next(self.run(chunk, position, position + 1), ItemResult())
-        except Died as death:
-            result = ItemResult()
-            result.count(READ).num_in += 1
-            record(result, READ, Sample(death.key, "", death.source), death.reason, death.detail)
-            return result
         finally:
             self.close()
 
@@ -345,15 +353,15 @@ class ItemWorker:
             Died: the process ended, or was ended because an item took too long.
         """
         self.open()
-        position, key, source, stage = start, f"{chunk.name}-{start}", chunk.name, READ
+        arrived, key, source, stage = False, f"{chunk.name}-{start}", chunk.name, READ
         try:
             self.connection.send((chunk, start, stop))
             while (message := self.receive(self.item_timeout))[0] != "end":
                 kind, content = message
                 if kind == "next":
-                    position, key, source, stage = content, f"{chunk.name}-{content}", chunk.name, READ
+                    arrived, key, source, stage = False, f"{chunk.name}-{content}", chunk.name, READ
                 elif kind == "item":
-                    key, source = content
+                    arrived, (key, source) = True, content
                 elif kind == "stage":
                     stage = content
                 else:
@@ -362,7 +370,7 @@ class ItemWorker:
             timed_out = isinstance(error, TimeoutError)
             how = f"after {self.item_timeout:.0f} s" if timed_out else self.ending()
             self.close()
-            raise Died(position, key, source, TIMED_OUT if timed_out else CRASHED, f"in {stage}, {how}") from error
+            raise Died(arrived, key, source, TIMED_OUT if timed_out else CRASHED, f"in {stage}, {how}") from error
         self.recycle(message[1])
 
     def receive(self, timeout: float) -> tuple[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mm_lightning.prepare.sample import Rejected, Sample
+from mm_lightning.prepare.sources import Item
 
 HERE = "tests.prepare.small_stages"
 STAGES = {
@@ -119,6 +120,16 @@ class DropByte:
     def __call__(self, summaries: list[dict]) -> dict[str, Rejected]:
         hit = [s["key"] for s in summaries if s["embedding"].view(np.uint8)[0] % 8 == self.byte]
         return {key: Rejected("byte", f"one of {len(summaries)}") for key in hit}
+
+
+class Unreadable:
+    """A chunk of unknown length whose process dies when it is read."""
+
+    name, num_items, digest = "unreadable", None, "0"
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        yield Item(str(start), self.name, lambda: Sample(str(start), "image", self.name))
 
 
 def draw_pictures(folder: Path, number: int, fates: dict[int, str] | None = None) -> Path:

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from mm_lightning.prepare.shards import ShardWriter, damaged_shards
 from mm_lightning.prepare.sources import ImageFolder, Img2datasetTars
 from mm_lightning.prepare.watch import TooManyErrorsError, Watch
 from mm_lightning.prepare.work import WorkFolder
-from tests.prepare.small_stages import HERE, SET_STAGES, STAGES, draw_pictures
+from tests.prepare.small_stages import HERE, SET_STAGES, STAGES, Unreadable, draw_pictures
+from tests.prepare.stages.onnx_detector import write_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"chunk_size": 4, "samples_per_shard": 10, "max_error_share": 1.0}
@@ -275,6 +276,46 @@ def test_a_stage_of_another_version_is_another_stage(pictures, tmp_path, monkeyp
     assert prepared(pictures, tmp_path / "out").folder != first
 
 
+STAGES_WITH_MODELS = [
+    ("faces.DetectFaces", ["detector"]),
+    ("faces.SplitPeople", ["detector"]),
+    ("identity.EmbedIdentity", ["recognizer"]),
+    ("video.TrackFace", ["detector", "recognizer"]),
+    ("references.OtherMoments", ["detector", "recognizer"]),
+]
+
+
+@pytest.mark.parametrize(("stage", "models"), STAGES_WITH_MODELS)
+def test_other_weights_under_the_same_name_are_other_work(stage, models, pictures, tmp_path):
+    files = {name: tmp_path / f"{name}.onnx" for name in models}
+    stages = {"one": {"_target_": f"mm_lightning.prepare.stages.{stage}", **{n: str(f) for n, f in files.items()}}}
+    for file in files.values():
+        file.write_bytes(b"one")
+    folders = [prepared(pictures, tmp_path / "out", stages).folder]
+    assert prepared(pictures, tmp_path / "out", stages).folder == folders[0]
+    for file in files.values():
+        file.write_bytes(b"two")
+        folders.append(prepared(pictures, tmp_path / "out", stages).folder)
+    assert len(set(folders)) == len(folders)
+
+
+def test_a_detector_that_appears_is_another_one(pictures, tmp_path):
+    faces = {"_target_": "mm_lightning.prepare.stages.faces.DetectFaces", "detector": "auto", "root": str(tmp_path)}
+    before = prepared(pictures, tmp_path / "out", {"faces": faces}).folder
+    write_detector(tmp_path / "models/buffalo_l/det_10g.onnx")
+    assert prepared(pictures, tmp_path / "out", {"faces": faces}).folder != before
+
+
+def test_a_set_that_another_run_wrote_is_written_anew(pictures, undisturbed, tmp_path):
+    """With the same work folder, that of the first run, still there."""
+    prepared(pictures, tmp_path / "out").run()
+    other = draw_pictures(tmp_path / "raw", 5)
+    prepared(other, tmp_path / "out", work=tmp_path / "other.work").run()
+    assert shards(tmp_path / "out") != undisturbed[0]
+    prepared(pictures, tmp_path / "out").run()
+    assert shards(tmp_path / "out") == undisturbed[0]
+
+
 def test_two_runs_do_not_share_a_folder(pictures, tmp_path):
     with (
         engine.locked(tmp_path / "out.work"),
@@ -322,6 +363,15 @@ def test_a_process_that_dies_of_what_came_before_costs_nothing(pictures, monkeyp
     expected = list(worker.InProcess(STAGES)(chunk))
     assert [[a.key for a in r.accepted] for r in results] == [[a.key for a in r.accepted] for r in expected]
     assert [r.rejected for r in results] == [r.rejected for r in expected]
+
+
+def test_a_chunk_that_cannot_be_read_ends():
+    items = worker.ItemWorker(STAGES)
+    results = list(islice(items(Unreadable()), 3))
+    items.close()
+    [[record]] = [result.rejected for result in results]
+    assert (record["key"], record["reason"]) == ("unreadable-0", "worker_crashed")
+    assert record["detail"] == "in read, by SIGSEGV"
 
 
 def test_an_item_without_end_is_given_up(tmp_path):
@@ -432,6 +482,14 @@ def test_nothing_accepted_is_said(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_items"] == 3
 
 
+def test_where_nothing_is_accepted_an_earlier_set_stays(pictures, undisturbed, tmp_path):
+    prepared(pictures, tmp_path / "out").run()
+    none = STAGES | {"width": {"_target_": f"{HERE}.MinimumWidth", "least": 3000}}
+    with pytest.raises(ValueError, match="no sample was accepted"):
+        prepared(pictures, tmp_path / "out", none).run()
+    assert shards(tmp_path / "out") == undisturbed[0]
+
+
 @pytest.mark.parametrize(
     ("references", "expected"),
     [
@@ -477,6 +535,50 @@ def test_wrong_options(options, message, pictures, tmp_path):
 def test_output_among_the_raw_files(pictures):
     with pytest.raises(ValueError, match=r"out=.* lies in source\.path="):
         prepared(pictures, pictures / "shards")
+
+
+@pytest.fixture
+def raw_tars(tmp_path, monkeypatch):
+    """A folder of two tars that are called as shards are, in the user's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for i in range(2):
+        with tarfile.open(folder / f"train-00000{i}.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo(f"{i}.png"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["~/raw", "{}", "{}/*.tar", "{}/train-{{000000..000001}}.tar", "{}/train-000001.tar", "file://{}/train-000000.tar"],
+)
+@pytest.mark.parametrize("in_list", [False, True])
+def test_output_among_raw_tars(path, in_list, raw_tars):
+    path = path.replace("{{", "{").replace("}}", "}").replace("{}", str(raw_tars))
+    with pytest.raises(ValueError, match=r"out=.* lies in source\.path="):
+        prepared(Img2datasetTars([path] if in_list else path), raw_tars)
+    with pytest.raises(ValueError, match=r"work=.* lies in source\.path="):
+        prepared(Img2datasetTars([path] if in_list else path), raw_tars.parent / "out", work=raw_tars)
+    assert sorted(os.listdir(raw_tars)) == ["train-000000.tar", "train-000001.tar"]
+
+
+def test_output_beside_a_raw_folder(raw_tars):
+    prepared(Img2datasetTars(str(raw_tars)), raw_tars.parent)
+    prepared(Img2datasetTars(f"{raw_tars}/*.tar"), raw_tars / "below")
+
+
+def test_tars_that_no_run_wrote_are_told_before_the_work(pictures, raw_tars):
+    with pytest.raises(ValueError, match=r"train-000000\.tar is not a shard that was written here"):
+        prepared(pictures, raw_tars)
+    assert not (raw_tars.parent / "raw.work").exists()
+
+
+def test_places_in_the_home_folder(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepared(pictures, "~/out", work="~/work").run()
+    assert (tmp_path / "out" / "index.json").is_file()
+    assert (tmp_path / "work" / "packed.json").is_file()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -25,6 +25,7 @@ from PIL import Image
 from mm_lightning.prepare.__main__ import CONF, main
 from mm_lightning.prepare.engine import Preparation
 from mm_lightning.prepare.report import Report, histogram, write_report
+from mm_lightning.prepare.sources import ImageFolder
 from mm_lightning.prepare.worker import StageCount
 from tests.prepare.small_stages import HERE, draw_pictures
 from tests.prepare.stages.tiny_sdxl import make_photomaker, make_sdxl
@@ -140,7 +141,7 @@ def test_options_are_those_of_the_engine():
     cfg = composed(*GIVEN)
     fields = {name for name in Preparation.__dataclass_fields__ if name not in ("record", "source")}
     assert {name for name in cfg if name != "source"} == fields
-    defaults = Preparation(None, {"decode": {"_target_": f"{HERE}.Decode"}}, "out")
+    defaults = Preparation(ImageFolder("raw"), {"decode": {"_target_": f"{HERE}.Decode"}}, "out")
     for name in fields - {"stages", "set_stages", "out", "work"}:
         assert cfg[name] == getattr(defaults, name), name
 

@@ -68,6 +68,20 @@ def test_an_earlier_longer_set_leaves_nothing_behind(tmp_path):
     assert left == ["index.json", "train-000000.tar", "train-000000.tar.index"]
 
 
+def test_only_what_was_written_here_is_removed(tmp_path):
+    """What `index.json` lists or has an index beside it."""
+    write(tmp_path, 4)
+    (tmp_path / "train-000000.tar.index").unlink()
+    (tmp_path / "notes.tar").write_bytes(b"")
+    write(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["notes.tar", "train-000000.tar"]
+    (tmp_path / "train-00007.tar").write_bytes(b"another's")
+    with pytest.raises(ValueError, match=r"train-00007\.tar is not a shard that was written here; move it away"):
+        write(tmp_path, 2)
+    assert (tmp_path / "train-00007.tar").read_bytes() == b"another's"
+    assert damaged_shards(tmp_path) == []
+
+
 def test_damage_and_loss_are_found(tmp_path):
     assert damaged_shards(write(tmp_path)) == []
     data = bytearray((tmp_path / "train-000001.tar").read_bytes())

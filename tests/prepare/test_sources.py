@@ -6,6 +6,10 @@ import io
 import json
 import os
 import tarfile
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -110,10 +114,11 @@ def test_captions_from_files_beside(tmp_path):
 
 
 TABLES = {
-    "t.csv": "file,caption\r\nsub/a.mp4,\"one, two\"\r\nb,three\r\nfar/away/c.mp4,four\r\n",
+    "t.csv": "file,caption\r\nsub/a.mp4,\"one, two\"\r\nb,three\r\nc.mp4,four\r\n",
     "t.tsv": "file\tcaption\nsub/a.mp4\tone, two\nb\tthree\nc.mp4\tfour\n",
     "t.jsonl": '{"file": "sub/a", "caption": ["one, two", "x"]}\n\n{"file": "b.mp4", "caption": "three"}\n'
     '{"file": "c", "caption": "four"}',
+    "absolute.csv": "file,caption\n/far/away/sub/a.mp4,\"one, two\"\n/far/away/b.mp4,three\n/far/away/c,four\n",
     "t.json": '[{"file": ".\\\\sub\\\\a.mp4", "caption": "one, two"}, {"file": "b.mp4", "caption": "three"}, '
     '{"file": "c.mp4", "caption": "four"}]',
     "u.json": '{"sub/a.mp4": "one, two", "b": {"caption": "three"}, "c.mp4": ["four"]}',
@@ -130,11 +135,31 @@ def test_captions_from_a_table(name, tmp_path):
     assert {sample.kind for sample in found.values()} == {"video"}
 
 
-def test_a_bare_name_that_two_rows_share_says_nothing(tmp_path):
+@pytest.mark.parametrize("rows", ["people/1.png,one", "people\\1,one", "1.png,no\npeople/1.png,one\nanimals/1.png,no"])
+def test_a_row_with_a_folder_names_no_file_of_another(rows, tmp_path):
+    fill(tmp_path / "raw", {"people/1.png": "", "deep/people/1.png": "", "animals/1.png": "", "1.png": ""})
+    fill(tmp_path, {"t.csv": f"file,caption\n{rows}\n"})
+    found = loaded(ImageFolder(str(tmp_path / "raw"), captions=str(tmp_path / "t.csv")))
+    others = "no" if "no" in rows else None
+    assert {key: sample.caption for key, sample in found.items()} == {
+        "people--1": "one", "deep--people--1": "one", "animals--1": others, "1": others
+    }  # fmt: skip
+
+
+def test_an_end_that_two_rows_share_says_nothing(tmp_path):
     fill(tmp_path / "raw", {"a.mp4": "", "b.mp4": ""})
-    fill(tmp_path, {"t.csv": "file,caption\nx/a.mp4,one\ny/a.mp4,two\nb.mp4,three\n"})
+    fill(tmp_path, {"t.csv": "file,caption\nx/a.mp4,one\ny/a.mp4,two\ny/b.mp4,three\n"})
     found = loaded(VideoFolder(str(tmp_path / "raw"), captions=str(tmp_path / "t.csv")))
     assert [found[key].caption for key in "ab"] == [None, "three"]
+
+
+def test_a_line_separator_inside_a_caption(tmp_path):
+    captions = ["one\u2028two", "three\u2029\x85four"]
+    fill(tmp_path / "raw", {"0.png": "", "1.png": ""})
+    rows = [json.dumps({"file": f"{i}.png", "caption": text}, ensure_ascii=False) for i, text in enumerate(captions)]
+    fill(tmp_path, {"t.jsonl": "\r\n".join(rows)})
+    found = loaded(ImageFolder(str(tmp_path / "raw"), captions=str(tmp_path / "t.jsonl")))
+    assert [found[key].caption for key in "01"] == captions
 
 
 @pytest.mark.parametrize(
@@ -354,6 +379,82 @@ def test_a_damaged_tar_gives_what_is_there_and_says_so_once(at, healthy, chunk_s
 def test_a_command_that_fails(tmp_path):
     (item,) = items(Img2datasetTars(f"pipe:cat {tmp_path}/none.tar"))
     with pytest.raises(Rejected, match=r"broken_archive: OSError: the command ended with 1: cat: .*none\.tar"):
+        item.load()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The url of a folder."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with serving(partial(Quiet, directory=str(tmp_path))) as url:
+        yield url
+
+
+@contextmanager
+def serving(handler):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_a_tar_at_a_url_that_is_written_anew_is_another(scheme, tmp_path, served):
+    pytest.importorskip("aiohttp")
+    tar = laion(tmp_path / "00000.tar", 0, 2)
+    source = Img2datasetTars({"file": f"file://{tar}", "http": f"{served}/00000.tar"}[scheme])
+    digests = [next(source.chunks(2)).digest for _ in range(2)]
+    assert digests[0] == digests[1]
+    os.utime(tar, (1, 1))  # of the same size
+    assert next(source.chunks(2)).digest != digests[0]
+
+
+def test_a_url_that_nothing_can_open():
+    with pytest.raises(ValueError, match=r"source\.path=zzz://bucket/0\.tar: Protocol not known"):
+        items(Img2datasetTars("zzz://bucket/0.tar"))
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A server that refuses what is called `forbidden.tar` or `busy.tar`, and ends anything else in its middle."""
+
+    body = bytes(200_000)
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+
+    def do_GET(self):
+        status = {"/forbidden.tar": 403, "/busy.tar": 503}.get(self.path)
+        if status is not None:
+            self.send_error(status)
+            return
+        self.do_HEAD()
+        self.wfile.write(self.body[: len(self.body) // 2])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def failing_server():
+    with serving(Failing) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("forbidden", "ClientResponseError: 403"), ("busy", "ClientResponseError: 503"), ("cut", "ClientPayloadError")],
+)
+def test_a_server_that_fails_is_told_once(name, message, failing_server):
+    pytest.importorskip("aiohttp")
+    (item,) = items(Img2datasetTars(f"{failing_server}/{name}.tar"))
+    with pytest.raises(Rejected, match=rf"broken_archive: OSError: http.*{name}\.tar cannot be read: {message}"):
         item.load()
 
 

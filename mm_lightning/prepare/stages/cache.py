@@ -72,6 +72,9 @@ class CacheTensors:
         self.extra_identity_words = tuple(extra_identity_words)
         check_models(base, vision, recognizer, self.what, root)
 
+    def models(self) -> dict[str, dict[str, Any]]:
+        return self.records
+
     def __call__(self, sample: Sample) -> list[Sample]:
         try:
             seen = self.transform(as_stored(sample))

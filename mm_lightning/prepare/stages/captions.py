@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from mm_lightning.devices import find_device
 from mm_lightning.encoders.text import IDENTITY_ADJECTIVES, IDENTITY_NOUNS, whole_words
+from mm_lightning.files import fingerprint
 from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.frames import UNREADABLE
 from mm_lightning.prepare.stages.identity import one_thread
@@ -168,6 +169,10 @@ class CaptionPictures:
 
     def __init__(self, model: str, max_new_tokens: int = 60) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
+
+    def models(self) -> dict[str, str]:
+        """Of a folder; the weights of a hub id may not be here yet."""
+        return fingerprint(sorted(Path(self.model).glob("*.safetensors")))
 
     def __call__(self, sample: Sample) -> list[Sample]:
         if sample.caption and sample.caption.strip():

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from mm_lightning.pictures import to_rgb8
 from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.frames import DECODE_ERRORS, UNREADABLE, ClipFrames, Video, first_line
 
@@ -132,25 +133,6 @@ def describe(
 
 
 # Pictures
-
-
-def to_rgb8(picture: Image.Image) -> np.ndarray:
-    """-> (H, W, 3) uint8, upright.
-
-    Raises:
-        ValueError: pixels that are floating point: there is no telling what is white.
-    """
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels")
-    if picture.mode.startswith("I"):  # 16 bit; Pillow's own conversion clips at 255
-        values = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-        picture = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return np.asarray(picture.convert("RGB"))
 
 
 def is_plain(picture: Image.Image) -> bool:

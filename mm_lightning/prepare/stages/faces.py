@@ -14,11 +14,13 @@ from mm_lightning.encoders.detector import (
     FaceDetector,
     centre,
     check_detector,
+    detector_file,
     face_size,
     load_detector,
     square_around,
 )
 from mm_lightning.encoders.packs import DEFAULT_ROOT
+from mm_lightning.files import fingerprint
 from mm_lightning.prepare.sample import Rejected, Sample
 
 SPLIT_MARGINS = (3.2, 2.8, 2.4, 2.0)  # sides of a square around one of several faces, in face boxes
@@ -62,6 +64,9 @@ class DetectFaces:
         self.detector, self.root, self.min_score = detector, root, min_score
         self.min_face_size, self.smallest, self.border = min_face_size, smallest, border
 
+    def models(self) -> dict[str, str]:
+        return fingerprint([detector_file(self.detector, self.root)])
+
     def __call__(self, sample: Sample) -> list[Sample]:
         detector = load_detector(self.detector, self.root)
         picture = sample.frames[0]
@@ -104,6 +109,9 @@ class SplitPeople:
     ) -> None:
         check_detector(detector, root)
         self.detector, self.root, self.min_score, self.smallest = detector, root, min_score, smallest
+
+    def models(self) -> dict[str, str]:
+        return fingerprint([detector_file(self.detector, self.root)])
 
     def __call__(self, sample: Sample) -> list[Sample]:
         detector = load_detector(self.detector, self.root)

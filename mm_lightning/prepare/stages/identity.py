@@ -16,6 +16,7 @@ import torch
 
 from mm_lightning.encoders.packs import DEFAULT_ROOT
 from mm_lightning.encoders.recognizer import FaceRecognizer, check_recognizer, load_recognizer
+from mm_lightning.files import fingerprint
 from mm_lightning.prepare.sample import Sample
 
 # Cosine from which on two embeddings mean one person. ArcFace: the paper's. dlib's vectors share a large mean: two
@@ -37,6 +38,9 @@ class EmbedIdentity:
     def __init__(self, recognizer: str = "dlib", num_frames: int = 3, root: str = DEFAULT_ROOT) -> None:
         check_embedder(recognizer, root)
         self.recognizer, self.num_frames, self.root = recognizer, num_frames, root
+
+    def models(self) -> dict[str, str]:
+        return fingerprint([check_recognizer(self.recognizer, self.root)])
 
     def __call__(self, sample: Sample) -> list[Sample]:
         embedder = load_embedder(self.recognizer, self.root)

@@ -24,6 +24,7 @@ from mm_lightning.encoders.perceiver import WHERE_TO_GET_PHOTOMAKER as WHERE_TO_
 from mm_lightning.encoders.perceiver import IdentityPerceiver, load_strict, load_tensors
 from mm_lightning.encoders.recognizer import check_recognizer, load_recognizer
 from mm_lightning.encoders.text import whole_words
+from mm_lightning.files import fingerprint
 from mm_lightning.prepare.stages.identity import one_thread
 
 NEGATIVE_PROMPT = "nsfw, lowres, bad anatomy, bad hands, text, watermark, cartoon, drawing, painting, blurry"
@@ -74,6 +75,10 @@ class PhotoMakerGenerator:
         self.merge_share, self.size, self.trigger = merge_share, size, trigger
         self.perceiver_sizes = perceiver_sizes or {}
         self.info = {"name": "PhotoMaker-V2", "base": self.base.name, "num_steps": num_steps, "recognizer": recognizer}
+
+    def models(self) -> dict[str, str]:
+        recognizer = check_recognizer(self.recognizer, self.root)
+        return fingerprint([self.photomaker, recognizer, *sorted(self.base.rglob("*.safetensors"))])
 
     def generate(
         self, picture: np.ndarray, face: dict[str, Any], prompt: str, generator: torch.Generator

@@ -9,9 +9,18 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from mm_lightning.encoders.detector import DetectedFace, check_detector, face_size, load_detector, square_around
+from mm_lightning.encoders.detector import (
+    DetectedFace,
+    check_detector,
+    detector_file,
+    face_size,
+    load_detector,
+    square_around,
+)
 from mm_lightning.encoders.packs import DEFAULT_ROOT
-from mm_lightning.prepare.sample import Rejected, Sample
+from mm_lightning.encoders.recognizer import check_recognizer
+from mm_lightning.files import fingerprint
+from mm_lightning.prepare.sample import Rejected, Sample, models_of
 from mm_lightning.prepare.stages.captions import class_word
 from mm_lightning.prepare.stages.encode import jpeg
 from mm_lightning.prepare.stages.faces import check_sizes, face_record
@@ -99,6 +108,9 @@ class OtherMoments:
         self.count, self.num_candidates, self.min_similarity = count, num_candidates, min_similarity
         self.min_score, self.min_face_size, self.smallest, self.margin = min_score, min_face_size, smallest, margin
 
+    def models(self) -> dict[str, str]:
+        return fingerprint([detector_file(self.detector, self.root), check_recognizer(self.recognizer, self.root)])
+
     def __call__(self, sample: Sample) -> list[Sample]:
         found = sorted(self.candidates(sample), key=lambda found: -found.similarity)[: self.count]
         for moment in sorted(found, key=lambda found: found.frame):
@@ -163,6 +175,11 @@ class SynthesisedReferences:
         self.generator, self.prompts = generator, check_prompts(prompts)
         self.count, self.attempts, self.margin, self.seed, self.required = count, attempts, margin, seed, required
         self.judge_options = (detector, recognizer, min_similarity, min_score, min_face_size, smallest, root)
+
+    def models(self) -> dict[str, Any]:
+        detector, recognizer, *_, root = self.judge_options
+        judge = fingerprint([detector_file(detector, root), check_recognizer(recognizer, root)])
+        return {"judge": judge, "generator": models_of(self.generator)}
 
     def __call__(self, sample: Sample) -> list[Sample]:
         [frame] = spread_faces(sample, 1)

@@ -9,8 +9,17 @@ import cv2
 import numpy as np
 from scenedetect import ContentDetector, FrameTimecode
 
-from mm_lightning.encoders.detector import DetectedFace, FaceDetector, check_detector, face_size, load_detector
+from mm_lightning.encoders.detector import (
+    DetectedFace,
+    FaceDetector,
+    check_detector,
+    detector_file,
+    face_size,
+    load_detector,
+)
 from mm_lightning.encoders.packs import DEFAULT_ROOT
+from mm_lightning.encoders.recognizer import check_recognizer
+from mm_lightning.files import fingerprint
 from mm_lightning.prepare.sample import Rejected, Sample
 from mm_lightning.prepare.stages.faces import check_sizes, detector_record, face_record, is_cut
 from mm_lightning.prepare.stages.frames import UNREADABLE
@@ -151,6 +160,9 @@ class TrackFace:
         self.min_score, self.min_face_size, self.smallest, self.border = min_score, min_face_size, smallest, border
         self.min_share, self.max_others, self.max_gap, self.min_overlap = min_share, max_others, max_gap, min_overlap
         self.same_person = same_person
+
+    def models(self) -> dict[str, str]:
+        return fingerprint([detector_file(self.detector, self.root), check_recognizer(self.recognizer, self.root)])
 
     def __call__(self, sample: Sample) -> list[Sample]:
         detector, embedder = load_detector(self.detector, self.root), load_embedder(self.recognizer, self.root)

@@ -143,6 +143,16 @@ def test_another_config_is_refused(stale, folder, name, value, message):
         check_cache(sample.meta, describe_cache(**models, dtype="float32"))
 
 
+@pytest.mark.parametrize("folder", ["vae", "text_encoder", "image_encoder"])
+def test_retrained_weights_are_another_stage(folder, stale, make_stage):
+    _, copy, models = stale
+    before = make_stage(**models).models()
+    assert make_stage(**models).models() == before
+    file = next((copy / folder).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert make_stage(**models).models() != before
+
+
 def test_retrained_weights_of_the_same_config_are_refused(stale):
     sample, copy, models = stale
     file = next((copy / "vae").glob("*.safetensors"))

@@ -219,6 +219,13 @@ def test_pictures_without_caption_are_captioned(name, request):
     assert again.caption == first.caption
 
 
+def test_another_captioner_in_the_same_folder_is_another_stage(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = CaptionPictures(str(tmp_path)).models()
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert CaptionPictures(str(tmp_path)).models() != before
+
+
 def test_captioned_pictures_are_left_alone():
     [sample] = CaptionPictures("nothing/there")(captioned("a man", frames=[PICTURE]))
     assert (sample.caption, sample.meta) == ("a man", {})

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +32,20 @@ def make(weights):
 
 def generated(generator: PhotoMakerGenerator, person, prompt: str = PROMPT) -> np.ndarray:
     return generator.generate(person.frames[0], person.meta["faces"][0], prompt, generator_for(0, "k"))
+
+
+@pytest.mark.parametrize("place", ["base", "photomaker"])
+def test_other_weights_are_another_stage(place, weights, tmp_path):
+    base, photomaker = shutil.copytree(weights[0], tmp_path / "sdxl"), shutil.copy(weights[1], tmp_path)
+
+    def models():
+        generator = PhotoMakerGenerator(str(base), str(photomaker), recognizer="dlib")
+        return SynthesisedReferences(generator, **FACES).models()
+
+    before = models()
+    file = sorted(base.rglob("*.safetensors"))[-1] if place == "base" else Path(photomaker)
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert models() != before
 
 
 def test_a_picture_that_depends_on_the_person(make, person):
