@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from datamodules.tars import Shard
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
+SHARD_NAME = re.compile(r"(?!-)[\w.-]+(/[\w.-]+)*")  # nothing that a shell takes for more than a name
 
 
 class ShardSet(NamedTuple):
@@ -137,7 +139,7 @@ def _listed(text: str, name: str, url_of: Any) -> ShardSet:
     try:
         index = json.loads(text)
         shards = [
-            Shard(url_of(s["name"]), int(s["num_samples"]), s.get("num_bytes"), s.get("sha256"))
+            Shard(url_of(_checked(s["name"])), int(s["num_samples"]), s.get("num_bytes"), s.get("sha256"))
             for s in index["shards"]
         ]
         kind = index.get("kind")
@@ -146,6 +148,16 @@ def _listed(text: str, name: str, url_of: Any) -> ShardSet:
     if not sum(shard.num_samples for shard in shards):
         raise FileNotFoundError(f"no shards: {name} lists none.{_HINT}")
     return ShardSet([shard for shard in shards if shard.num_samples], kind)
+
+
+def _checked(name: str) -> str:
+    """
+    Raises:
+        ValueError: a name that leads out of the folder of the index, or that a shell would not take for one word.
+    """
+    if not SHARD_NAME.fullmatch(name) or ".." in name.split("/"):
+        raise ValueError(f"the shard name {name!r} is no path below the index of letters, digits, '_', '.' and '-'")
+    return name
 
 
 def _from_pattern(pattern: str) -> ShardSet:

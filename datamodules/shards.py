@@ -19,6 +19,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +32,6 @@ from datamodules.resolve import ShardSet, resolve_shards, resolve_sources
 from datamodules.shard_cache import ShardCache, is_remote
 from datamodules.slots import Slot, Slots, inline
 from datamodules.tars import (
-    UNKNOWN_SIZE,
     DamagedSample,
     DamagedShard,
     Shard,
@@ -81,7 +81,7 @@ class SkipLog:
         name = self._name(skipped)
         if name in self.known or (self.entries() and name in self.known):
             return
-        what = skipped.key or f"{skipped.num_samples} samples"
+        what = repr(skipped.key) if skipped.key else f"{skipped.num_samples} samples"
         logger.warning("skipped %s in %s: %s", what, skipped.url, skipped.reason)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(skipped) + "\n")
@@ -134,14 +134,20 @@ class Catalog:
         return [shard for shards in self.sources.values() for shard in shards]
 
     def reader(self) -> ShardReader:
-        return ShardReader(self.shards, self.fetch)
+        return ShardReader(self.shards, self.hold)
 
-    def fetch(self, shard: Shard) -> str | Path:
-        """The local file of a shard."""
-        return self.cache.fetch(shard.url, shard.num_bytes) if is_remote(shard.url) else shard.url
+    def hold(self, shard: Shard) -> AbstractContextManager[str | Path]:
+        """The local file of a shard, to be opened within the `with`."""
+        if is_remote(shard.url):
+            return self.cache.hold(shard.url, shard.num_bytes, shard.sha256)
+        return nullcontext(shard.url)
 
     def counts(self, name: str) -> list[int]:
-        """Samples per shard of a source; a shard of which no index says it is opened, once."""
+        """Samples per shard of a source; a shard of which no index says it is opened, once.
+
+        Raises:
+            RuntimeError: it cannot be opened.
+        """
         unknown = sum(shard.num_samples is None for shard in self.sources[name])
         if unknown > 1:
             logger.info("counting the samples of %d shards without index.json", unknown)
@@ -149,12 +155,14 @@ class Catalog:
 
     def _count(self, shard: Shard) -> int:
         try:
-            path = self.fetch(shard)
-            number = int(load_header(path)["num_samples"])
+            with self.hold(shard) as path:
+                number, is_cut = int(load_header(path)["num_samples"]), cut_short(path)
         except OSError as error:
-            self.unreadable[shard.url] = f"cannot be opened ({error})"
-            return 0
-        if not number or cut_short(path):
+            raise RuntimeError(
+                f"{shard.url}: its samples cannot be counted ({error}), and the order of all ranks follows from the "
+                "count; start again once it can be read, or leave it out of `shards`."
+            ) from error
+        if not number or is_cut:
             self.unreadable[shard.url] = (
                 "cut short: the end-of-archive mark is missing" if number else "holds no sample"
             )
@@ -166,7 +174,7 @@ class Catalog:
         """The canonical order.
 
         Raises:
-            RuntimeError: a source without a single sample.
+            RuntimeError: a source without a single sample, or see `counts`.
         """
         orders, first = [], 0
         for name, shards in self.sources.items():
@@ -192,12 +200,12 @@ class Bucket(NamedTuple):
 
 def choose_bucket(size: tuple[int, int, int], buckets: Sequence[Bucket]) -> int:
     """The bucket with the most frames that a sample can fill, then the nearest aspect ratio, then the largest area that
-    does not enlarge it; the first bucket where the size is not known.
+    does not enlarge it; the first bucket where the size is not known, or none.
 
     Args:
         size: frames, height, width of the stored sample.
     """
-    if tuple(size) == UNKNOWN_SIZE:
+    if min(size) < 1:
         return 0
     num_frames, height, width = size
 
@@ -212,7 +220,11 @@ def choose_bucket(size: tuple[int, int, int], buckets: Sequence[Bucket]) -> int:
 
 
 class BucketChooser:
-    """Places -> buckets; the sizes of a shard's samples are read when the first of them is met."""
+    """Places -> buckets; the sizes of a shard's samples are read when the first of them is met.
+
+    Raises:
+        RuntimeError: when called, a shard that cannot be opened.
+    """
 
     def __init__(self, reader: ShardReader, buckets: Sequence[Bucket]) -> None:
         self.reader, self.buckets = reader, buckets
@@ -229,10 +241,19 @@ class BucketChooser:
 
     def _of_shard(self, shard: int) -> np.ndarray:
         if shard not in self.known:
-            sizes = self.reader.sizes(shard)
+            sizes = self._sizes(shard)
             by_size = {size: choose_bucket(size, self.buckets) for size in set(sizes)}
             self.known[shard] = np.array([by_size[size] for size in sizes], np.uint8)
         return self.known[shard]
+
+    def _sizes(self, shard: int) -> list[tuple[int, int, int]]:
+        try:
+            return self.reader.sizes(shard)
+        except OSError as error:
+            raise RuntimeError(
+                f"{self.reader.shards[shard].url}: what its samples measure cannot be read ({error}), and the order of "
+                "all ranks follows from their buckets; resume once it can be read, or train without buckets."
+            ) from error
 
 
 # The stream

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import socket
 import tarfile
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -28,6 +31,7 @@ INDEX_SUFFIX = ".index"
 INDEX_VERSION = 1
 UNKNOWN_SIZE = (0, 0, 0)
 CHUNK = 1 << 20
+RETRY_SECONDS = 300.0  # until a shard that could not be opened is tried again
 SKIPPED = re.compile(r"__[^/]*__($|/)")
 MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's rule: a key ends at the first dot
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError)
@@ -67,7 +71,7 @@ class TarIndex:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        head, *self.lines = text.splitlines()
+        head, *self.lines = text.removesuffix("\n").split("\n")  # a key may hold what splitlines() takes for an end
         self.header = json.loads(head)
         if self.header.get("version") != INDEX_VERSION or self.header["num_samples"] != len(self.lines):
             raise ValueError(f"no tar index of version {INDEX_VERSION} with all of its lines: {head[:80]}")
@@ -96,7 +100,7 @@ def index_text(
     runs = [[len(list(run)), *size] for size, run in groupby(sizes)]
     header = {"version": INDEX_VERSION, "num_samples": len(entries), "num_bytes": num_bytes, "sha256": sha256}
     lines = [header | {"sizes": runs}, *entries]
-    return "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
 
 
 # Walking a tar that has no index yet
@@ -112,8 +116,6 @@ def scan_tar(path: str | Path, sha256: str | None = None) -> TarIndex:
     """
     with open(path, "rb") as file:
         trusted = sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if sha256 is not None and not trusted:
-            logger.warning("%s: its bytes are not those that index.json records; they are read without checks.", path)
         file.seek(0)
         entries = [
             (key, {name: Field(*place, _crc(file, *place) if trusted else None) for name, place in fields.items()})
@@ -165,12 +167,12 @@ def json_size(data: bytes) -> tuple[int, int, int]:
     try:
         meta = json.loads(data)
         return int(meta["num_frames"]), int(meta["height"]), int(meta["width"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return UNKNOWN_SIZE
 
 
 def load_tar_index(path: str | Path, sha256: str | None = None) -> TarIndex:
-    """The index beside a tar, or made now and left there.
+    """The index beside a tar, or made now and left there unless the tar is cut short.
 
     Args:
         sha256: of the whole tar, if known; an index file for other bytes is not used.
@@ -181,30 +183,58 @@ def load_tar_index(path: str | Path, sha256: str | None = None) -> TarIndex:
     beside = Path(f"{path}{INDEX_SUFFIX}")
     try:
         index = TarIndex(beside.read_text(encoding="utf-8"))
-        if sha256 is None or index.header["sha256"] == sha256:
+        if _belongs(index.header, path, sha256):
             return index
     except (OSError, ValueError, KeyError, IndexError):
         pass
     index = scan_tar(path, sha256)
+    if index.header["sha256"] != sha256:
+        logger.warning("%s: its bytes are not those that index.json records; they are read without checks.", path)
+    if not cut_short(path):
+        leave_index(index, path)
+    return index
+
+
+def leave_index(index: TarIndex, path: str | Path) -> None:
+    """Writes the index beside its tar, if that folder can be written."""
+    beside = Path(f"{path}{INDEX_SUFFIX}")
     temporary = beside.with_name(f"{beside.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         temporary.write_text(index.text, encoding="utf-8")
         temporary.replace(beside)
     except OSError:
         logger.debug("%s cannot be written", beside)
-    return index
 
 
-def load_header(path: str | Path, sha256: str | None = None) -> dict:
-    """The first line of the index beside a tar, without the rest."""
+def _belongs(header: dict, path: str | Path, sha256: str | None) -> bool:
+    """Whether the index beside a tar is this tar's: by its checksum where that is known, else by its size and age.
+
+    Raises:
+        OSError: the tar or the index is not there.
+    """
+    if sha256 is not None:
+        return header["sha256"] == sha256
+    tar, beside = os.stat(path), os.stat(f"{path}{INDEX_SUFFIX}")
+    return header["num_bytes"] == tar.st_size and tar.st_mtime_ns <= beside.st_mtime_ns
+
+
+def stored_header(path: str | Path, sha256: str | None = None) -> dict | None:
+    """The first line of the index beside a tar, without the rest; None where no index is there, or another tar's."""
     try:
         with open(f"{path}{INDEX_SUFFIX}", encoding="utf-8") as file:
             header = json.loads(file.readline())
-        if header["version"] == INDEX_VERSION and (sha256 is None or header["sha256"] == sha256):
-            return header
+        return header if header["version"] == INDEX_VERSION and _belongs(header, path, sha256) else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return load_tar_index(path, sha256).header
+        return None
+
+
+def load_header(path: str | Path, sha256: str | None = None) -> dict:
+    """The first line of the index beside a tar, which is made and left there where it is missing.
+
+    Raises:
+        OSError: the tar cannot be read.
+    """
+    return stored_header(path, sha256) or load_tar_index(path, sha256).header
 
 
 def cut_short(path: str | Path) -> bool:
@@ -244,7 +274,11 @@ class StoredSample(Mapping):
 
 
 class OpenTar:
-    """A tar that is open for reading anywhere."""
+    """A tar that is open for reading anywhere.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
 
     def __init__(self, url: str, path: str | Path, sha256: str | None = None) -> None:
         self.url, self.index = url, load_tar_index(path, sha256)
@@ -288,15 +322,19 @@ class OpenTar:
 class ShardReader:
     """Any sample of any shard of a list; `max_open` tars stay open, the rest are opened again when needed.
 
+    A shard that cannot be opened is tried again after RETRY_SECONDS.
+
     Args:
         shards: in the order in which the canonical order numbers them.
-        fetch: shard -> path of a local file; raises OSError.
+        hold: shard -> context manager of the path of a local file, which stays until the exit; raises OSError.
     """
 
-    def __init__(self, shards: list[Shard], fetch: Callable[[Shard], str | Path], max_open: int = 64) -> None:
-        self.shards, self.fetch, self.max_open = shards, fetch, max_open
+    def __init__(
+        self, shards: list[Shard], hold: Callable[[Shard], AbstractContextManager[str | Path]], max_open: int = 64
+    ) -> None:
+        self.shards, self.hold, self.max_open = shards, hold, max_open
         self.tars: OrderedDict[int, OpenTar] = OrderedDict()
-        self.unreadable: dict[int, str] = {}
+        self.unreadable: dict[int, tuple[float, str]] = {}  # number -> when that was found, and why
 
     def sample(self, shard: int, i: int) -> StoredSample:
         """
@@ -306,24 +344,31 @@ class ShardReader:
         return self._tar(shard).sample(i)
 
     def sizes(self, shard: int) -> list[tuple[int, int, int]]:
-        """(frames, height, width) of its samples; empty for a shard that cannot be opened."""
-        try:
-            header = load_header(self.fetch(self.shards[shard]), self.shards[shard].sha256)
-        except OSError:
-            return []
+        """(frames, height, width) of its samples.
+
+        Raises:
+            OSError: the tar cannot be opened.
+        """
+        with self.hold(self.shards[shard]) as path:
+            header = load_header(path, self.shards[shard].sha256)
         return [tuple(size) for number, *size in header["sizes"] for _ in range(number)]
 
     def _tar(self, number: int) -> OpenTar:
-        if number in self.unreadable:
-            raise DamagedShard(self.unreadable[number])
         if number not in self.tars:
-            shard = self.shards[number]
-            try:
-                self.tars[number] = OpenTar(shard.url, self.fetch(shard), shard.sha256)
-            except OSError as error:
-                self.unreadable[number] = f"cannot be opened ({type(error).__name__}: {error})"
-                raise DamagedShard(self.unreadable[number]) from error
+            self.tars[number] = self._open(number)
             if len(self.tars) > self.max_open:
                 self.tars.popitem(last=False)
         self.tars.move_to_end(number)
         return self.tars[number]
+
+    def _open(self, number: int) -> OpenTar:
+        shard, (found, reason) = self.shards[number], self.unreadable.get(number, (-math.inf, ""))
+        if time.monotonic() < found + RETRY_SECONDS:
+            raise DamagedShard(reason)
+        try:
+            with self.hold(shard) as path:
+                return OpenTar(shard.url, path, shard.sha256)
+        except OSError as error:
+            reason = f"cannot be opened ({type(error).__name__}: {error})"
+            self.unreadable[number] = time.monotonic(), reason
+            raise DamagedShard(reason) from error

@@ -28,11 +28,13 @@ from torch.utils.dlpack import from_dlpack
 
 from datamodules.slots import Slot
 from datamodules.tars import DamagedSample
+from mm_lightning.pictures import to_rgb8
 from mm_lightning.types import Batch, FaceFeatures, TextFeatures
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 VIDEO_SUFFIXES = ("mp4",)
 EXIF_ORIENTATION = 0x0112
+MAX_SIDE = 1_000_000  # pixels, and frames; a coordinate or number beyond it is no measurement
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 MIRRORED = [1, 0, 2, 4, 3]  # landmarks are ordered by the viewer's left and right
 
@@ -167,7 +169,7 @@ def _extent(boxes: Tensor) -> list[float] | None:
 
 
 def decode_picture(data: bytes, name: str) -> Image.Image:
-    """Encoded picture -> RGB, turned upright as its EXIF tag says.
+    """Encoded picture -> 8-bit RGB, turned upright as its EXIF tag says; see `to_rgb8` for what is stored otherwise.
 
     Raises:
         DamagedSample: not a picture, or cut short.
@@ -177,7 +179,7 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
             picture = ImageOps.exif_transpose(picture)
         if picture.mode != "RGB":
-            return picture.convert("RGB")
+            return Image.fromarray(to_rgb8(picture))
         picture.load()
         return picture
     except (*DECODE_ERRORS, ValueError, Image.DecompressionBombError) as error:
@@ -311,7 +313,8 @@ class SampleTransform:
         self.latent_shape = (num_latent_frames, height // spatial_compression, width // spatial_compression)
 
     def __call__(self, sample: dict, epoch: int = 0) -> Sample:
-        key, generator = sample["__key__"], generator_for(self.seed, epoch, sample["__key__"])
+        key = read_key(sample)
+        generator = generator_for(self.seed, epoch, key)
         meta, caption = read_meta(sample), read_text(sample)
         self.check_cache(sample, meta["cache"], caption)
         latent_moments = self.cached_latents(sample)
@@ -461,20 +464,49 @@ def square_reference(picture: Image.Image, entry: dict, size: int) -> tuple[np.n
 # Fields of a sample
 
 
+def read_key(sample: dict) -> str:
+    """Raises DamagedSample where the tar's name of the sample is not UTF-8."""
+    key = sample["__key__"]
+    try:
+        key.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DamagedSample(f"the name {key!r} is not UTF-8") from error
+    return key
+
+
 def read_meta(sample: dict) -> dict:
-    """Raises DamagedSample where `json` is missing, cut short, or lacks what is read here."""
+    """Raises DamagedSample where `json` is missing, cut short, or lacks what is read here or holds it as another type.
+
+    Sizes and num_frames are int, of faces and references the boxes (4,) and landmarks (5, 2) finite numbers.
+    """
     try:
         meta = json.loads(sample["json"])
-        wanted = ("width", "height", "num_frames", "faces", "references")
-        meta = {name: meta[name] for name in wanted} | {"cache": meta.get("cache") or {}}
+        sizes = {name: _whole(meta[name], name) for name in ("width", "height", "num_frames")}
+        lists = {name: meta[name] for name in ("faces", "references")}
+        meta = {**sizes, **lists, "cache": dict(meta.get("cache") or {})}
         for face in [*filter(None, meta["faces"]), *meta["references"]]:
-            if np.shape(face["box"]) != (4,) or np.shape(face["landmarks"]) != (5, 2):
-                raise ValueError(f"a box of shape {np.shape(face['box'])}, landmarks {np.shape(face['landmarks'])}")
+            _check_points(face["box"], "box", (4,))
+            _check_points(face["landmarks"], "landmarks", (5, 2))
+        for reference in meta["references"]:
+            if not isinstance(reference["file"], str):
+                raise ValueError(f"file {reference['file']!r} of a reference is no name")
         if len(meta["faces"]) != meta["num_frames"]:
             raise ValueError(f"faces of {len(meta['faces'])} frames, num_frames {meta['num_frames']}")
     except (KeyError, ValueError, TypeError) as error:
         raise DamagedSample(f"json cannot be used ({_first_line(error)})") from error
     return meta
+
+
+def _whole(value: Any, name: str) -> int:
+    if type(value) not in (int, float) or not 0 < value < MAX_SIDE or value != int(value):
+        raise ValueError(f"{name} {value!r} is no whole number from 1 to {MAX_SIDE}")
+    return int(value)
+
+
+def _check_points(value: Any, name: str, shape: tuple[int, ...]) -> None:
+    points = np.asarray(value)
+    if points.shape != shape or points.dtype.kind not in "if" or not (np.abs(points) < MAX_SIDE).all():
+        raise ValueError(f"{name} of shape {points.shape}, type {points.dtype}; finite numbers {shape} are wanted")
 
 
 def read_text(sample: dict) -> str:

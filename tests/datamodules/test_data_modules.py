@@ -1,8 +1,10 @@
 """ImageDataModule and VideoDataModule through DataLoader and the Lightning trainer, on drawn shards."""
 
 import hashlib
+import io
 import json
 import os
+import tarfile
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -16,9 +18,9 @@ from safetensors.torch import save
 
 from datamodules.image import ImageDataModule
 from datamodules.video import VideoDataModule
-from mm_lightning.prepare.shards import ShardWriter
+from mm_lightning.prepare.shards import ShardWriter, to_bytes
 from mm_lightning.types import Batch
-from tests.datamodules.drawn import draw, encode, meta, video_fields
+from tests.datamodules.drawn import draw, encode, meta, picture_fields, video_fields
 from tests.runs import compose_train
 
 SIZE = {"height": 56, "width": 80, "reference_size": 16}
@@ -102,6 +104,19 @@ def test_damage_is_skipped_counted_and_named(make_shards, num_workers):
     assert sorted(s.key for s in module.skipped) == ["s001", "s004"]
     assert {s.reason.split(" cannot")[0] for s in module.skipped} == {"png", "ref0.jpg"}
     assert all(s.url.endswith(".tar") for s in module.skipped)
+
+
+def test_an_undecodable_name_is_skipped_and_named(make_shards, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    with tarfile.open(tmp_path / "foreign" / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key in ("one", "caf\udce9", "line\u2028end"):
+            for name, value in picture_fields().items():
+                info, data = tarfile.TarInfo(f"{key}.{name}"), to_bytes(value)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    module = ImageDataModule(tmp_path / "foreign", **SIZE, batch_size=3)
+    assert sorted(batches(module, 1)[0].keys) == ["", "line\u2028end", "one"]
+    assert [s.key for s in module.skipped] == ["caf\udce9"]
 
 
 def test_an_undecodable_clip_is_skipped_and_named(make_video_shards):

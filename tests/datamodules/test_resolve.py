@@ -1,5 +1,7 @@
 """Patterns, folders, addresses and mixtures -> shards."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -99,6 +101,21 @@ def test_a_listed_shard_may_lie_in_a_subfolder(make_shards):
     index = (folder / "index.json").read_text().replace('"train-000001', '"part/train-000001')
     (folder / "index.json").write_text(index)
     assert resolve_shards(folder).missing == ()
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}/index.json", "pipe:cat {}/index.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.tar; touch ran", "$(touch ran).tar", "/a.tar", "../a.tar", "part/../../a.tar", "a b.tar", "-a.tar", "", 3],
+)
+def test_a_name_that_is_more_than_a_name_is_refused(make_shards, tmp_path, address, name):
+    folder = make_shards(8, 4)
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][1]["name"] = name
+    (folder / "index.json").write_text(json.dumps(index))
+    words = rf"{folder}/index\.json.*" + (rf"shard name {re.escape(repr(name))}" if name != 3 else "TypeError")
+    with pytest.raises(ValueError, match=words):
+        resolve_shards(address.format(folder))
 
 
 def test_kinds_do_not_mix(make_shards, make_video_shards):

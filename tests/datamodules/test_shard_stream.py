@@ -15,6 +15,7 @@ from datamodules.resolve import resolve_shards
 from datamodules.shard_cache import ShardCache
 from datamodules.shards import (
     Bucket,
+    BucketChooser,
     Catalog,
     DamagedSample,
     Position,
@@ -317,6 +318,32 @@ def test_shards_without_index_that_break_off_are_noted(make_shards, tmp_path):
     assert [reason.split(":")[0] for reason in catalog.unreadable.values()] == ["cut short", "holds no sample"]
 
 
+@pytest.mark.parametrize("address", ["{}/train-000001.tar", "file://{}/train-000001.tar"])
+def test_what_cannot_be_counted_ends_the_run(make_shards, tmp_path, address):
+    """Counted as empty, it would give this rank another order than those that can open it."""
+    folder = make_shards(8, 4)
+    shards = [str(folder / "train-000000.tar"), address.format(folder)]
+    catalog = Catalog({"": resolve_shards(shards)}, ShardCache(tmp_path / "cache", 10**8))
+    assert catalog.counts("") == [4, 4]
+    (folder / "train-000001.tar").unlink()
+    catalog.cache.folder = tmp_path / "empty"
+    with pytest.raises(RuntimeError, match=r"000001\.tar: its samples cannot be counted \(.*No such file"):
+        catalog.order(0, 16, 2)
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}/index.json"])
+def test_what_has_no_bucket_ends_the_run(make_shards, tmp_path, address):
+    folder = make_shards(8, 4)
+    catalog = Catalog({"": resolve_shards(address.format(folder))}, ShardCache(tmp_path / "cache", 10**8))
+    chooser = BucketChooser(catalog.reader(), [Bucket(1, 56, 80), Bucket(1, 80, 56)])
+    for path in folder.glob("train-000001.tar*"):
+        path.unlink()
+    order = catalog.order(None, 16, 1)
+    assert chooser(order.places(0, 4)).tolist() == [0] * 4
+    with pytest.raises(RuntimeError, match=r"000001\.tar: what its samples measure cannot be read \(.*No such file"):
+        chooser(order.places(0, 8))
+
+
 def test_the_log_joins_what_several_readers_wrote(tmp_path):
     logs = [SkipLog(tmp_path / "log") for _ in range(2)]
     entry, other = SkippedSample("a.tar", "k", 'broken "quotes"\nand lines'), SkippedSample("b.tar", "", "gone", 7)
@@ -347,6 +374,8 @@ BUCKETS = [Bucket(1, 480, 720), Bucket(1, 720, 480), Bucket(49, 480, 720), Bucke
         ((49, 240, 360), 3),
         ((48, 700, 500), 1),
         ((0, 0, 0), 0),
+        ((49, 480, 0), 0),
+        ((49, -480, 720), 0),
     ],
 )
 def test_the_bucket_of_a_sample(size, bucket):

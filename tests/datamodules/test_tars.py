@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tarfile
+from contextlib import nullcontext
 
 import pytest
 import webdataset as wds
@@ -18,6 +19,9 @@ from datamodules.tars import (
     StoredSample,
     TarIndex,
     cut_short,
+    index_text,
+    json_size,
+    load_header,
     load_tar_index,
     scan_tar,
 )
@@ -104,6 +108,32 @@ def test_without_checksums_of_its_own_a_tar_is_vouched_for_by_the_index_of_the_s
     assert (len(index), index[0][1]["txt"].crc32) == (3, None)
 
 
+@pytest.mark.parametrize(("num_samples", "seconds"), [(30, -1000), (3, 1000)])
+def test_without_checksum_the_index_of_a_tar_that_was_replaced_is_not_used(folder, make_shards, num_samples, seconds):
+    """What took the tar's place has another size, or is newer than the index."""
+    change = lambda i, fields: fields | {"txt": "A woman img"}  # noqa: E731
+    other = make_shards(num_samples, num_samples, name="other", num_references=2, change=change)
+    path, beside = folder / "train-000000.tar", folder / "train-000000.tar.index"
+    size, made = path.stat().st_size, beside.stat().st_mtime
+    shutil.copy(other / path.name, path)
+    os.utime(path, (made + seconds, made + seconds))
+    assert (path.stat().st_size == size) == (num_samples == 3)
+    assert [s["txt"] for s in all_samples(path)] == [b"A woman img"] * num_samples
+    assert load_header(path)["num_samples"] == num_samples
+
+
+def test_a_tar_whose_copy_is_under_way_leaves_no_index(folder):
+    path, beside = folder / "train-000000.tar", folder / "train-000000.tar.index"
+    whole, part = path.read_bytes(), offset_of(path, "s001.png")
+    beside.unlink()
+    path.write_bytes(whole[:part])
+    assert load_header(path)["num_samples"] < 3
+    assert not beside.exists()
+    path.write_bytes(whole)
+    assert load_header(path)["num_samples"] == len(all_samples(path)) == 3
+    assert beside.exists()
+
+
 def offset_of(path, name):
     with tarfile.open(path) as tar:
         return tar.getmember(name).offset_data
@@ -120,7 +150,7 @@ def flip(path, name, byte=40):
 def test_a_flipped_bit_is_noticed_where_it_is_read(folder):
     path = folder / "train-000000.tar"
     flip(path, "s001.ref0.jpg")
-    samples = all_samples(path)
+    samples = all_samples(path, sha256(folder))
     with pytest.raises(DamagedSample, match=r"ref0\.jpg was changed: its checksum"):
         samples[1]["ref0.jpg"]
     assert samples[1]["png"]
@@ -130,7 +160,7 @@ def test_a_flipped_bit_is_noticed_where_it_is_read(folder):
 def test_a_cut_takes_what_stands_behind_it(folder):
     path = folder / "train-000000.tar"
     os.truncate(path, offset_of(path, "s001.png") + 10)
-    samples = all_samples(path)
+    samples = all_samples(path, sha256(folder))
     assert dict(samples[0])
     assert samples[1]["json"]
     with pytest.raises(DamagedSample, match=r"png is cut short: 10 of \d+ bytes"):
@@ -153,7 +183,7 @@ def test_a_cut_tar_without_index_gives_what_a_walk_finds(folder, cut):
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 200])
 def test_what_is_no_tar_holds_nothing(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
-    reader = ShardReader([Shard(str(tmp_path / "a.tar"), 3)], lambda shard: shard.url)
+    reader = ShardReader([Shard(str(tmp_path / "a.tar"), 3)], lambda shard: nullcontext(shard.url))
     with pytest.raises(DamagedShard, match="only 0 samples"):
         reader.sample(0, 0)
     assert cut_short(tmp_path / "a.tar")
@@ -171,6 +201,32 @@ def test_folders_and_capitals_in_names(tmp_path):
     assert keys["x/one"][2:] == ["jpg", "txt"]
 
 
+@pytest.mark.parametrize("key", ["x\u2028y", "x\x85y", "caf\udce9"])
+def test_names_of_foreign_tars(tmp_path, key):
+    """Line ends of Unicode, and bytes that are not UTF-8."""
+    (tmp_path / "b").write_bytes(b"content")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("a", key, "b"):
+            tar.add(tmp_path / "b", f"{name}.txt")
+    for _ in range(2):
+        assert [s["__key__"] for s in all_samples(tmp_path / "a.tar")] == ["a", key, "b"]
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "a.tar", "a.tar.index"}
+
+
+def test_an_index_may_hold_line_ends_of_unicode_as_they_are():
+    text = index_text([("x\u2028y", {}), ("b", {})], [(1, 60, 80)] * 2, 1024, None)
+    index = TarIndex(text.replace("\\u2028", "\u2028"))
+    assert [index[i][0] for i in range(2)] == ["x\u2028y", "b"]
+
+
+def test_sizes_that_are_no_numbers_are_not_known():
+    for text in (
+        '{"num_frames": 1, "height": Infinity, "width": 80}',
+        '{"num_frames": 1, "height": null, "width": 80}',
+    ):
+        assert json_size(text.encode()) == (0, 0, 0)
+
+
 def test_a_sample_is_a_mapping(folder):
     sample = all_samples(folder / "train-000000.tar")[0]
     assert isinstance(sample, StoredSample)
@@ -184,21 +240,37 @@ def test_a_sample_is_a_mapping(folder):
 def test_few_tars_stay_open(make_shards):
     folder = make_shards(10, 1)
     shards = [Shard(str(folder / f"train-{i:06d}.tar"), 1) for i in range(10)]
-    reader = ShardReader(shards, lambda shard: shard.url, max_open=3)
+    reader = ShardReader(shards, lambda shard: nullcontext(shard.url), max_open=3)
     before = len(os.listdir("/proc/self/fd"))
     for i in [*range(10), 0, 5]:
         assert reader.sample(i, 0)["__key__"] == f"s{i:03d}"
     assert len(os.listdir("/proc/self/fd")) - before == 3
 
 
-def test_a_shard_that_is_not_there_is_asked_for_once(tmp_path):
+def test_a_shard_that_is_not_there_is_not_asked_for_again_and_again(tmp_path):
     asked = []
-    reader = ShardReader([Shard(str(tmp_path / "a.tar"), 2)], lambda shard: asked.append(shard) or shard.url)
+    reader = ShardReader(
+        [Shard(str(tmp_path / "a.tar"), 2)], lambda shard: asked.append(shard) or nullcontext(shard.url)
+    )
     for _ in range(3):
         with pytest.raises(DamagedShard, match="cannot be opened"):
             reader.sample(0, 0)
     assert len(asked) == 1
-    assert reader.sizes(0) == []
+    with pytest.raises(FileNotFoundError):
+        reader.sizes(0)
+
+
+def test_a_shard_that_could_not_be_opened_is_tried_again_later(folder, monkeypatch):
+    path, gone = folder / "train-000000.tar", folder / "gone"
+    reader = ShardReader([Shard(str(path), 3)], lambda shard: nullcontext(shard.url))
+    path.rename(gone)
+    with pytest.raises(DamagedShard, match="cannot be opened"):
+        reader.sample(0, 0)
+    gone.rename(path)
+    with pytest.raises(DamagedShard, match="cannot be opened"):
+        reader.sample(0, 0)
+    monkeypatch.setattr("datamodules.tars.RETRY_SECONDS", 0.0)
+    assert reader.sample(0, 0)["__key__"] == "s000"
 
 
 def test_nothing_is_read_that_is_not_asked_for(folder, monkeypatch):

@@ -180,6 +180,18 @@ def test_exif_orientation_is_applied():
     assert (rectangle_in(out.pixels[0]) - as_edges(out.face_boxes[0], 1.0)).abs().max() < 0.5
 
 
+def test_16_bit_is_scaled_and_transparency_white():
+    """Foreign shards hold what prepare would have converted."""
+    grey = np.full((60, 80), 32768, np.uint16)
+    clear = np.zeros((60, 80, 4), np.uint8)
+    pixels = [
+        SampleTransform(56, 80, reference_size=16)(sample_of(picture_fields() | {"png": encode(picture)})).pixels
+        for picture in (grey, clear)
+    ]
+    assert pixels[0].unique().tolist() == pytest.approx([128 / 127.5 - 1], rel=1e-3)
+    assert pixels[1].unique().tolist() == [1.0]
+
+
 def test_a_longer_clip_gives_a_window_with_its_own_boxes():
     transform, sample = SampleTransform(56, 80, num_frames=5, reference_size=16), sample_of(video_fields(9))
     starts = set()
@@ -321,8 +333,24 @@ def changed_json(**values):
         (picture_fields() | {"json": '{"width": 80'}, "json cannot be used"),
         (picture_fields() | {"json": "[1]"}, "json cannot be used"),
         (changed_json(faces=[]), "faces of 0 frames"),
-        (changed_json(faces=[{"box": BOX[:3], "landmarks": LANDMARKS}]), "a box of shape"),
+        (changed_json(faces=[{"box": BOX[:3], "landmarks": LANDMARKS}]), "box of shape"),
         (changed_json(references=[]), "no reference picture"),
+        (changed_json(width=0), "width 0 is no whole number from 1"),
+        (changed_json(width=None), "width None is no whole number"),
+        (changed_json(height="64"), "height '64' is no whole number"),
+        (changed_json(height=60.5), "height 60.5 is no whole number"),
+        (changed_json(height=float("inf")), "height inf is no whole number"),
+        (changed_json(num_frames=True), "num_frames True is no whole number"),
+        (changed_json(faces=[{"box": [*BOX[:3], float("nan")], "landmarks": LANDMARKS}]), "finite numbers"),
+        (changed_json(faces=[{"box": BOX, "landmarks": [["1", "2"]] * 5}]), r"landmarks of shape \(5, 2\), type <U1"),
+        (changed_json(references=[{"file": "ref0.jpg", "box": [1e300] * 4, "landmarks": LANDMARKS}]), "finite numbers"),
+        (changed_json(references=[{"box": BOX, "landmarks": LANDMARKS}]), "KeyError: 'file'"),
+        (
+            changed_json(references=[{"file": ["a"], "box": BOX, "landmarks": LANDMARKS}]),
+            r"file \['a'\] of a reference",
+        ),
+        (changed_json(references=None), "json cannot be used"),
+        (changed_json(cache="t5"), "json cannot be used"),
         (changed_json(width=81), r"measures \(80, 60\)"),
         (picture_fields() | {"text.safetensors": b"short"}, r"text\.safetensors cannot be read"),
         (picture_fields() | {"text.safetensors": save({"other": torch.zeros(1)})}, "lacks 'prompt_embeds'"),
@@ -331,6 +359,20 @@ def changed_json(**values):
 def test_damage_is_named(fields, words):
     with pytest.raises(DamagedSample, match=words):
         SampleTransform(56, 80, reference_size=16)(sample_of(fields))
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    transform = SampleTransform(56, 80, reference_size=16)
+    plain, floats = (
+        transform(sample_of({**picture_fields(), "json": json.dumps(meta() | sizes)}))
+        for sizes in ({}, {"width": 80.0, "height": 60.0, "num_frames": 1.0})
+    )
+    assert torch.equal(plain.pixels, floats.pixels)
+
+
+def test_a_name_that_is_not_utf8_is_damage():
+    with pytest.raises(DamagedSample, match=r"the name 'caf\\udce9' is not UTF-8"):
+        SampleTransform(56, 80, reference_size=16)(sample_of(picture_fields(), key="caf\udce9"))
 
 
 @pytest.mark.parametrize(
