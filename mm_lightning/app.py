@@ -46,7 +46,7 @@ from mm_lightning.generate import (
     describe_weights,
     load_pipeline,
 )
-from mm_lightning.jobs import Job, make_job, name_jobs
+from mm_lightning.jobs import Job, first_words, make_job
 from mm_lightning.metrics.arithmetic import mean_embedding
 from mm_lightning.metrics.id_similarity import frame_similarity
 from mm_lightning.pipeline import MagicMirrorPipeline
@@ -181,8 +181,7 @@ def read_job(values: Mapping[str, Any]) -> Job:
     row = {name: None if value == "" else value for name, value in values.items()}
     job = make_job(row, Job(prompt="", photos=()), "the page's fields", Path())
     digest = hashlib.sha256(repr(job).encode()).hexdigest()[:10]
-    [named] = name_jobs([job], 1)
-    return replace(job, name=digest + named.name.removeprefix("000"))
+    return replace(job, name="-".join([digest, *first_words(job.prompt)]))
 
 
 # Telling the user -----------------------------------------------------------------------------------------------------

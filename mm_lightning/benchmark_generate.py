@@ -104,7 +104,7 @@ def describe(pipeline: MagicMirrorPipeline, options: argparse.Namespace) -> dict
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "repetitions": options.repetitions,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "base": pipeline.record["base"]["name"],
     }
 
@@ -138,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser, a = parse(sys.argv[1:] if arguments is None else arguments)
     if a.repetitions < 1:
         parser.error(f"--repetitions {a.repetitions} is not positive.")
+    if a.num_inference_steps < 1:
+        parser.error(f"--num-inference-steps {a.num_inference_steps} is not positive.")
     try:
         pipeline = load_pipeline(a)
         pipeline.set_progress_bar_config(disable=True)

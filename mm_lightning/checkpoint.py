@@ -125,7 +125,13 @@ def require_complete(path: str | Path) -> None:
 
 
 def replace_path(partial: Path, final: Path) -> None:
-    """Move a finished file or folder to its place; what stood there stays whole until then."""
+    """Move a finished file or folder to its place; what stood there stays whole until then.
+
+    A file takes its place at once; between a folder and its successor there is a moment without either.
+    """
+    if partial.is_file() and not final.is_dir():
+        partial.replace(final)
+        return
     old = final.with_name(f".{final.name}.old")
     remove_path(old)
     if final.exists() or final.is_symlink():

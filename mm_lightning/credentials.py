@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import av
 import c2pa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -22,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from filelock import FileLock
 from PIL import Image
 
-from mm_lightning.checkpoint import replace_path
+from mm_lightning.files import temporary_path
 
 # IPTC's word for media that a trained model made from nothing recorded
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -110,11 +111,11 @@ def local_signing() -> Signing:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = temporary_path(path)
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
-    replace_path(partial, path)
+    partial.replace(path)
 
 
 def make_certificates() -> Signing:
@@ -187,7 +188,7 @@ def sign_file(path: Path, signing: Signing, title: str) -> None:
     created = {"action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "softwareAgent": generator}
     assertions = [{"label": "c2pa.actions.v2", "data": {"actions": [created]}}]
     manifest = {"claim_generator_info": [generator], "title": title, "assertions": assertions}
-    signed = path.with_name(f".signed.{path.name}")  # the ending tells the format
+    signed = temporary_path(path.with_suffix("")).with_suffix(path.suffix)  # the ending tells the format
     signed.unlink(missing_ok=True)
     info = c2pa.C2paSignerInfo(algorithm_of(signing), signing.certificates, signing.key, None)
     try:
@@ -196,7 +197,7 @@ def sign_file(path: Path, signing: Signing, title: str) -> None:
     except c2pa.C2paError as error:
         signed.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be signed: {error}") from error
-    replace_path(signed, path)
+    signed.replace(path)
 
 
 def read_mark(path: str | Path) -> Mark:
@@ -238,14 +239,12 @@ def source_types(manifest: dict) -> set[str]:
 
 def read_comment(path: Path) -> str | None:
     """The plain comment of a picture or a video, None without one."""
-    if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".gif"):
-        with Image.open(path) as picture:
-            comment = picture.info.get("comment") or picture.info.get("Comment")
-        return comment.decode(errors="replace") if isinstance(comment, bytes) else comment
-    import av
-
     try:
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".gif"):
+            with Image.open(path) as picture:
+                comment = picture.info.get("comment") or picture.info.get("Comment")
+            return comment.decode(errors="replace") if isinstance(comment, bytes) else comment
         with av.open(str(path), metadata_errors="replace") as container:
             return container.metadata.get("comment")
-    except av.FFmpegError as error:
+    except (OSError, av.FFmpegError) as error:
         raise ValueError(f"{path} is no video or picture that can be read ({error}).") from error

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DiffusionPipeline
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
@@ -36,13 +36,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from mm_lightning.backbone import COMPONENTS, Backbone, check_base
-from mm_lightning.checkpoint import replace_path
-from mm_lightning.credentials import Signing, read_mark, read_signing, sign_file
+from mm_lightning.credentials import Mark, Signing, read_mark, read_signing, sign_file
 from mm_lightning.devices import find_device
 from mm_lightning.encoders.photos import load_photo
 from mm_lightning.encoders.text import IdentityTokenizer
-from mm_lightning.files import check_writable, write_json
-from mm_lightning.jobs import Job, check_jobs, check_prompts, check_shapes, name_jobs, part_of, read_jobs
+from mm_lightning.files import check_writable, temporary_path, write_json
+from mm_lightning.jobs import Job, check_jobs, check_prompts, check_shapes, name_jobs, part_of, read_jobs, read_record
 from mm_lightning.media import DISCLOSURE, SheetRow, contact_sheet, sample_frames, write_jpeg, write_mp4
 from mm_lightning.pipeline import MagicMirrorPipeline, find_vision
 from mm_lightning.provenance import describe_component, describe_vision
@@ -55,6 +54,7 @@ OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "en
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
 FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
 MANIFEST = "manifest.json"
+FPS, SLOWEST, FASTEST = 8.0, 0.1, 240.0
 
 
 class Guidance(NamedTuple):
@@ -167,19 +167,20 @@ class Generator:
         settings = asdict(job) | {"photos": photos}
         if not job.face_enhanced:
             del settings["face_enhanced"]  # so that records without it still say the same
-        scheduler = type(self.pipeline.scheduler).__name__
-        return {"job": settings, "fps": self.fps, "scheduler": scheduler, "generated": DISCLOSURE, **self.made_with}
+        record = {"job": settings, "fps": self.fps, "scheduler": type(self.pipeline.scheduler).__name__}
+        record |= {"tiling": self.pipeline.vae.use_tiling, "signed": self.signing is not None}
+        return record | {"generated": DISCLOSURE, **self.made_with}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
-    info, partial = PngInfo(), path.with_name(f".{path.name}.partial")
+    info, partial = PngInfo(), temporary_path(path)
     info.add_text("Comment", DISCLOSURE)
     partial.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(partial, "PNG", pnginfo=info)
-    replace_path(partial, path)
+    partial.replace(path)
 
 
 def manifest_entry(video: Path, job: Job) -> dict[str, Any]:
@@ -197,15 +198,32 @@ def add_to_manifest(file: Path, entries: list[dict[str, Any]]) -> None:
 
 def merge_entries(file: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the manifest holds already, with these in place of entries of the same video."""
-    stored = json.loads(file.read_text()) if file.is_file() else []
-    fresh = {entry["video"] for entry in entries}
+    stored, fresh = read_stored(file), {entry["video"] for entry in entries}
     return [entry for entry in stored if entry["video"] not in fresh] + entries
 
 
-def same_making(file: Path, record: dict[str, Any]) -> bool:
+def read_stored(file: Path) -> list[dict[str, Any]]:
+    """A manifest's entries, none where there is no file.
+
+    Raises:
+        ValueError: it is another file.
+    """
     if not file.is_file():
+        return []
+    try:
+        stored = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): move it away, or give another --out.") from error
+    if not isinstance(stored, list) or not all(isinstance(entry, dict) and "video" in entry for entry in stored):
+        raise ValueError(f"{file} is no list of videos: move it away, or give another --out.")
+    return stored
+
+
+def same_making(file: Path, record: dict[str, Any]) -> bool:
+    """Whether the record that lies there, if one can be read, says the same."""
+    stored = read_record(file)
+    if stored is None:
         return False
-    stored = json.loads(file.read_text())
     return all(stored.get(name) == value for name, value in json.loads(json.dumps(record)).items())
 
 
@@ -254,7 +272,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.N
     add("--use-dynamic-cfg", action="store_true", help="diffusers' guidance that changes over the steps")
     add("--negative-prompt")
     add("--face-index", type=int, help="which face of a photo with several, from the left")
-    add("--fps", type=float, default=8.0)
+    add("--fps", type=float, help=f"{FPS:g} by default")
     add_weights(parser)
     add("--unsigned", action="store_true", help="without content credentials; the comment stays")
     add_signing(parser)
@@ -306,6 +324,16 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def follow_record(options: argparse.Namespace) -> None:
+    """Of a job that a former run recorded, what was not asked for is as it was then."""
+    record = (read_record(options.jobs) if options.jobs is not None else None) or {}
+    options.fps = record.get("fps", FPS) if options.fps is None else options.fps
+    names = {scheduler.__name__: name for name, scheduler in SCHEDULERS.items()}
+    options.scheduler = options.scheduler or names.get(record.get("scheduler"))
+    options.dtype = record.get("dtype", "auto") if options.dtype == "auto" else options.dtype
+    options.tiling = options.tiling or record.get("tiling", False)
+
+
 def default_guidance(base: str | None) -> Guidance:
     """`base` None is the miniature."""
     return MINIATURE_GUIDANCE if base is None else BASE_GUIDANCE
@@ -322,10 +350,11 @@ def check_output(out: Path, fps: float) -> None:
     """Whether videos can be written.
 
     Raises:
-        ValueError: no folder that can be written to, or frames per second that are no such number.
+        ValueError: no folder that can be written to, a manifest in it that is none, or frames per second out of range.
     """
-    if not 0 < fps < math.inf:
-        raise ValueError(f"--fps={fps}: give a number above 0.")
+    if not SLOWEST <= fps <= FASTEST:
+        raise ValueError(f"--fps={fps}: give a number from {SLOWEST:g} to {FASTEST:g}.")
+    read_stored(out / MANIFEST)
     check_writable(out)
 
 
@@ -356,12 +385,21 @@ def run_as(pipeline: DiffusionPipeline, options: argparse.Namespace) -> Diffusio
     if options.scheduler:
         pipeline.scheduler = SCHEDULERS[options.scheduler].from_config(pipeline.scheduler.config)
     if options.tiling:
-        pipeline.vae.enable_tiling()
+        enable_tiling(pipeline.vae)
     device = find_device(options.device)
     if OFFLOADS[options.offload] is None:
         return pipeline.to(device)
     getattr(pipeline, OFFLOADS[options.offload])(device=device)
     return pipeline
+
+
+def enable_tiling(vae: AutoencoderKLCogVideoX) -> None:
+    """Tiles that overlap by whole latents, no less than by default; diffusers' share of a small tile does not fit."""
+    overlaps = {}
+    for side in ("height", "width"):
+        size, name = getattr(vae, f"tile_latent_min_{side}"), f"tile_overlap_factor_{side}"
+        overlaps[name] = math.ceil(getattr(vae, name) * size - 1e-6) / size
+    vae.enable_tiling(**overlaps)
 
 
 def describe_weights(pipeline: MagicMirrorPipeline, options: argparse.Namespace) -> dict[str, Any]:
@@ -376,7 +414,7 @@ def describe_weights(pipeline: MagicMirrorPipeline, options: argparse.Namespace)
         "adapter": {"sha256": sha256(adapter)},
         "detector": pipeline.detector.info["name"],
         "recognizer": pipeline.face_encoder.recognizer.name,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),  # face networks stay in float32
         "versions": package_versions(),
     }
 
@@ -385,18 +423,33 @@ def package_versions() -> dict[str, str]:
     return {package: version(package) for package in PACKAGES}
 
 
-def verify(files: Sequence[str]) -> Iterator[str]:
-    """What each file says of its making, a paragraph each.
+def verify(files: Sequence[str]) -> int:
+    """Prints what each file says of its making; how many cannot be read, or were changed.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_mark`.
+        ValueError: no file.
     """
+    if not files:
+        raise ValueError("verify: give the files to look at.")
+    num_bad = 0
     for file in files:
-        mark = read_mark(file)
-        yield f"{file}\n  comment: {mark.comment or 'none'}"
-        if not mark.signed:
-            yield "  content credentials: none"
+        try:
+            mark = read_mark(file)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"{file}\n  error: {error}")
+            num_bad += 1
             continue
+        print("\n".join([file, *tell(mark)]))
+        num_bad += mark.signed and not mark.intact
+    return num_bad
+
+
+def tell(mark: Mark) -> Iterator[str]:
+    """In lines."""
+    yield f"  comment: {mark.comment or 'none'}"
+    if not mark.signed:
+        yield "  content credentials: none"
+    else:
         made = "made by a trained model" if mark.generated else "says nothing of a model"
         state = "unchanged since" if mark.intact else f"CHANGED SINCE, or not valid ({', '.join(mark.problems)})"
         trust = "on a trust list" if mark.trusted else "not on a trust list, so anybody may have signed"
@@ -408,10 +461,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["verify"]:
-            print("\n".join(verify(arguments[1:])))
+            if verify(arguments[1:]):
+                raise SystemExit(1)
             return
         _, options = parse(arguments)
         jobs = collect_jobs(options)
+        follow_record(options)
         if not jobs:
             logger.info("Part %s has no jobs.", options.part)
             return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +80,7 @@ def truth(value: Any) -> bool:
 def photo_files(value: Any) -> tuple[str, ...]:
     """Paths separated by semicolons, a list of them, or as the record of a video has them; raises ValueError."""
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(";"))
+        return tuple(part.strip() for part in value.split(";") if part.strip())
     files = [photo.get("file") if isinstance(photo, dict) else photo for photo in value or ()]
     if not all(isinstance(file, str) for file in files):
         raise ValueError(f"photos are paths, not {value!r}")
@@ -107,14 +109,34 @@ def read_jobs(file: Path, default: Job) -> list[Job]:
     return [make_job(row, default, f"{file}, entry {i + 1}", file.parent) for i, row in enumerate(rows)]
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What a former run left beside a video; None of another file."""
+    try:
+        read = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return read if isinstance(read, dict) and isinstance(read.get("job"), dict) else None
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix.lower() == ".csv":
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            return [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
+            return [filled(row) for row in csv.DictReader(stream)]
     read = json.loads(file.read_text())
     if isinstance(read, dict):
         read = [read.get("job", read)]
     return read if isinstance(read, list) else []
+
+
+def filled(row: dict[str | None, Any]) -> dict[str, str]:
+    """Without empty fields.
+
+    Raises:
+        csv.Error: more fields than the head line has.
+    """
+    if None in row:
+        raise csv.Error(f"{row[None]} stands beyond the fields of the head line; put text with commas into quotes")
+    return {name: value for name, value in row.items() if value}
 
 
 def make_job(row: Any, default: Job, where: str, folder: Path) -> Job:
@@ -141,7 +163,7 @@ def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
     """
     named = []
     for i, job in enumerate(jobs):
-        stem = job.name or f"{i:03d}-{'-'.join(re.findall('[a-z0-9]+', job.prompt.lower())[:6])}"
+        stem = job.name or f"{i:03d}-{default_name(job)}"
         for j in range(num_videos):
             name = stem if num_videos == 1 else f"{stem}-{job.seed + j}"
             named.append(replace(job, name=name, seed=job.seed + j))
@@ -151,6 +173,16 @@ def name_jobs(jobs: Sequence[Job], num_videos: int) -> list[Job]:
     if len({job.name for job in named}) < len(named):
         raise ValueError("Two jobs have the same name; leave names out, or give each its own.")
     return named
+
+
+def default_name(job: Job) -> str:
+    """The prompt's first words and a digest of prompt and photos: of other ones, another name."""
+    digest = hashlib.sha256(json.dumps([job.prompt, [os.path.abspath(photo) for photo in job.photos]]).encode())
+    return "-".join([*first_words(job.prompt), digest.hexdigest()[:6]])
+
+
+def first_words(prompt: str, count: int = 6) -> list[str]:
+    return re.findall("[a-z0-9]+", prompt.lower())[:count]
 
 
 def part_of(jobs: Sequence[Job], part: str | None) -> list[Job]:

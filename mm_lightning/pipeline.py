@@ -135,8 +135,13 @@ class MagicMirrorPipeline(CogVideoXPipeline):
         The base in diffusers' layout, `image_encoder/` and `adapter/`. The recogniser is recorded by its name.
 
         Args:
-            **kwargs: of diffusers' `save_pretrained`, for the base.
+            **kwargs: of diffusers' `save_pretrained`, for the base, such as `max_shard_size`.
+
+        Raises:
+            ValueError: files that `from_pretrained` would not read.
         """
+        if kwargs.get("variant") is not None or not kwargs.get("safe_serialization", True):
+            raise ValueError("Weights are read from safetensors without a variant: leave these two arguments out.")
         folder = Path(save_directory)
         parts = (self.tokenizer, self.text_encoder, self.vae, plain_transformer(self.transformer), self.scheduler)
         CogVideoXPipeline(*parts).save_pretrained(folder, **kwargs)
@@ -282,9 +287,19 @@ class MagicMirrorPipeline(CogVideoXPipeline):
 
         diffusers' VAE turns an even number of latent frames into three more: it takes the first, which stands for one
         frame, for one of the others. These leading ones are left out.
+
+        Raises:
+            ValueError: the VAE decodes in tiles that do not fit together.
         """
         num_frames = (latents.shape[1] - 1) * self.vae_scale_factor_temporal + 1
-        return super().decode_latents(latents)[:, :, -num_frames:]
+        pixels = super().decode_latents(latents)[:, :, -num_frames:]
+        found, wanted = (tuple(pixels.shape[-2:]), tuple(n * self.vae_scale_factor_spatial for n in latents.shape[-2:]))
+        if found != wanted:
+            raise ValueError(
+                f"The VAE's tiles make {found} pixels of {wanted}: give `vae.enable_tiling` overlaps of whole latents, "
+                "as `mm_lightning.generate.enable_tiling` does."
+            )
+        return pixels
 
     def check_shape(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """With the base's defaults filled in; raises ValueError as `__call__`."""

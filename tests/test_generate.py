@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_a_video_its_sheet_its_record_and_the_manifest(run, photo):
     frames, stream = decode(file)
     assert (len(frames), frames[0].shape) == (5, (32, 32, 3))
     assert (stream.codec_context.name, float(stream.average_rate)) == ("h264", 8.0)
-    assert file.name == "000-a-woman-img-smiles.mp4"
+    assert re.fullmatch("000-a-woman-img-smiles-[0-9a-f]{6}.mp4", file.name)
     sheet = Image.open(file.with_suffix(".sheet.jpg"))
     assert sheet.size[0] > 6 * 192
     assert sheet.info["comment"].decode() == DISCLOSURE
@@ -136,10 +137,11 @@ def test_a_base_that_was_trained_again_makes_it_anew(run, tiny_folder, tmp_path)
 
 def test_several_prompts_and_seeds(run):
     out = run("--prompt", "A woman img smiles", "--prompt", "A man img runs", "--num-videos", "2")
-    names = sorted(file.name for file in out.glob("*.mp4"))
-    assert names == [
-        f"{stem}-{seed}.mp4" for stem in ("000-a-woman-img-smiles", "001-a-man-img-runs") for seed in (0, 1)
-    ]
+    names = [file.stem.split("-") for file in sorted(out.glob("*.mp4"))]
+    assert [(*name[:4], name[-1]) for name in names] == [
+        ("000", "a", "woman", "img", "0"), ("000", "a", "woman", "img", "1"),
+        ("001", "a", "man", "img", "0"), ("001", "a", "man", "img", "1"),
+    ]  # fmt: skip
     assert len({file.read_bytes() for file in out.glob("*.mp4")}) == 4
     assert len(json.loads((out / "manifest.json").read_text())) == 4
 
@@ -225,6 +227,75 @@ def test_a_part_without_jobs_loads_nothing(run, nothing_loads, caplog):
     assert "Part 3/4 has no jobs." in caplog.text
 
 
+def test_other_prompts_and_people_have_names_of_their_own(run, photo, tmp_path):
+    """However alike they begin, and in letters that no file name takes."""
+    shutil.copy(photo, tmp_path / "other.png")
+    prompts = [f"A woman img laughs in the {place}" for place in ("rain", "snow")]
+    out = run("--prompt", prompts[0])
+    run("--prompt", prompts[1])
+    run("--prompt", prompts[0], photos=(str(tmp_path / "other.png"),))
+    run("--prompt", "女 img")
+    run("--prompt", "男 img")
+    assert len(list(out.glob("*.mp4"))) == len(json.loads((out / "manifest.json").read_text())) == 5
+    run("--prompt", prompts[0])
+    assert len(list(out.glob("*.mp4"))) == 5
+
+
+def test_a_record_brings_back_what_is_no_field_of_a_job(run, tmp_path):
+    """Frames per second, scheduler, precision, tiling."""
+    options = ["--fps", "16", "--scheduler", "dpm", "--dtype", "bfloat16", "--tiling"]
+    out = run("--prompt", "A woman img smiles", "--name", "she", *options)
+    record, made = out / "she.json", (out / "she.mp4").stat().st_mtime_ns
+    told = json.loads(record.read_text())
+    assert (told["fps"], told["scheduler"], told["dtype"]) == (16, "CogVideoXDPMScheduler", "bfloat16")
+    run("--jobs", str(record), photos=())
+    assert (out / "she.mp4").stat().st_mtime_ns == made  # made in the same way: kept
+    run("--jobs", str(record), "--fps", "8", photos=())
+    assert (json.loads(record.read_text())["fps"], json.loads(record.read_text())["dtype"]) == (8, "bfloat16")
+
+
+@pytest.mark.parametrize("change", [["--dtype", "bfloat16"], ["--tiling"], ["--unsigned"]])
+def test_other_precision_tiles_or_marks_make_it_anew(run, change):
+    first = ["--prompt", "A woman img smiles", "--name", "she"]
+    made = (run(*first) / "she.mp4").stat().st_mtime_ns
+    assert (run(*first, *change) / "she.mp4").stat().st_mtime_ns > made
+
+
+def test_tiles_fit_together(run):
+    """The default overlap of a tile of few latents is no whole number of them."""
+    frames, _ = decode(run("--prompt", "A woman img smiles", "--name", "she", "--tiling", "--width", "64") / "she.mp4")
+    assert {frame.shape for frame in frames} == {(32, 64, 3)}
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ('{"a": 1}', "is no list of videos")])
+def test_a_manifest_that_is_none_is_told_before_anything_is_made(run, nothing_loads, tmp_path, content, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_text(content)
+    with pytest.raises(SystemExit, match=f"manifest.json {message}.*move it away"):
+        run("--prompt", "A woman img smiles")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"job": 3}'])
+def test_a_record_that_cannot_be_read_vouches_for_nothing(run, content):
+    out = run("--prompt", "A woman img smiles", "--name", "she")
+    (out / "she.json").write_text(content)
+    made = (out / "she.mp4").stat().st_mtime_ns
+    run("--prompt", "A woman img smiles", "--name", "she")
+    assert (out / "she.mp4").stat().st_mtime_ns > made
+
+
+def test_two_runs_at_once_lose_nothing(weights, photo, tmp_path):
+    """Into the same folder, under the same names."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mm_lightning.generate", "--photos", str(photo), *FAST, *weights]
+    command += ["--prompt", "A woman img smiles", "--num-videos", "12", "--out", str(out)]
+    runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(run.communicate(timeout=300)[1], run.returncode) for run in runs]
+    assert [code for _, code in ended] == [0, 0], ended
+    assert [read_mark(file).intact for file in out.glob("*.mp4")] == [True] * 12
+    assert {file.suffix for file in out.iterdir()} == {".mp4", ".json", ".jpg", ".lock"}
+
+
 def test_nobody_in_particular(run):
     out = run("--prompt", "A dog runs", "--face-scale", "0", "--name", "dog", photos=())
     assert (out / "dog.mp4").is_file()
@@ -245,8 +316,15 @@ def test_verify_reads_the_marks_back(run, capsys, tmp_path):
     data = bytearray((out / "she.mp4").read_bytes())
     data[len(data) // 2] ^= 255
     damaged.write_bytes(data)
-    main(["verify", str(damaged)])
-    assert "CHANGED SINCE" in capsys.readouterr().out
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(damaged), str(tmp_path / "text.jpg"), "/nowhere.mp4", str(out / "she.mp4")])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "CHANGED SINCE" in said
+    assert "text.jpg\n  error: " in said
+    assert "error: No such file: /nowhere.mp4" in said
+    assert "unchanged since" in said  # of the last, after those
 
 
 def test_unsigned_files_keep_their_comment(run, capsys):
@@ -331,16 +409,16 @@ def nothing_loads(monkeypatch):
         (["--prompt", "A man", "--num-videos", "0"], "--num-videos=0"),
         (["--prompt", "A man", "--part", "4/4"], "--part=4/4: give which part, from 0"),
         (["--prompt", "A man", "--part", "half"], "--part=half: give which part, from 0"),
-        (["--prompt", "A man", "--seed", "-1"], "000-a-man: seed=-1: give a number from 0"),
+        (["--prompt", "A man", "--seed", "-1"], "000-a-man-.*: seed=-1: give a number from 0"),
         (["--prompt", "A man", "--num-inference-steps", "0"], "num_inference_steps=0: give a number from 1"),
         (["--prompt", "A man", "--face-scale", "nan"], "face_scale=nan: give a number from 0"),
         (["--prompt", "A man", "--identity-guidance-scale", "inf"], "identity_guidance_scale=inf: give a number"),
-        (["--prompt", "A man", "--num-frames", "6"], "000-a-man: A clip of 6 frames .* the nearest are 5 and 9"),
-        (["--prompt", "A man", "--height", "40"], "000-a-man: height=40 is no multiple of 16"),
-        (["--prompt", "A man", "--fps", "0"], "--fps=0.0: give a number above 0"),
+        (["--prompt", "A man", "--num-frames", "6"], "000-a-man-.*: A clip of 6 frames .* the nearest are 5 and 9"),
+        (["--prompt", "A man", "--height", "40"], "000-a-man-.*: height=40 is no multiple of 16"),
+        (["--prompt", "A man", "--fps", "0"], "--fps=0.0: give a number from 0.1 to 240"),
         (["--prompt", "A man", "--out", __file__], "Nothing can be written to .*: .*test_generate.py is a file"),
         (["--prompt", "A man", "--out", f"{__file__}/out"], "test_generate.py is a file"),
-        (["--prompt", "A dog"], "000-a-dog: No word for a person"),
+        (["--prompt", "A dog"], "000-a-dog-.*: No word for a person"),
         (["--prompt", "A man", "--name", "a/b"], "name='a/b' is no file name"),
         (["--prompt", "A man", "--prompt", "A boy", "--name", "he"], "Two jobs have the same name"),
         (["--prompt", "A man", "--photos", "/nowhere.jpg"], "No photo at /nowhere.jpg"),
@@ -378,12 +456,14 @@ def test_a_photo_is_needed(run, nothing_loads):
         ('[{"prompt": "A man", "photos": [3]}]', r"photos=\[3\]: photos are paths"),
         ('[{"prompt": "A man", "photos": 3}]', "entry 1: photos=3"),
         ("[3]", "entry 1: unknown 3"),
+        ("prompt,photos\nA woman img laughs, in the rain,her.png\n", "beyond the fields of the head line"),
     ],
 )
 def test_mistakes_in_a_file_of_jobs(run, nothing_loads, tmp_path, content, message):
-    (tmp_path / "jobs.json").write_text(content)
+    file = tmp_path / ("jobs.csv" if content.startswith("prompt") else "jobs.json")
+    file.write_text(content)
     with pytest.raises(SystemExit, match=message):
-        run("--jobs", str(tmp_path / "jobs.json"))
+        run("--jobs", str(file))
 
 
 def test_weights_that_are_missing_and_prompts_without_a_person(run, weights, photo, tmp_path):
@@ -397,4 +477,7 @@ def test_weights_that_are_missing_and_prompts_without_a_person(run, weights, pho
 def test_as_a_command():
     command = [sys.executable, "-m", "mm_lightning.generate", "verify", "/nowhere.mp4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "error: No such file: /nowhere.mp4.\n")
+    assert (done.returncode, done.stdout) == (1, "/nowhere.mp4\n  error: No such file: /nowhere.mp4.\n")
+    command.pop()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: verify: give the files to look at.\n")

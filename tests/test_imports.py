@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "files": set(),
     "pictures": set(),
-    "media": {"checkpoint"},
+    "media": {"files"},
     "adapters": {"types"},
     "encoders": {"types", "pictures"},
     "losses": {"types"},

@@ -9,7 +9,7 @@ import pytest
 import skimage.data
 import torch
 from accelerate import cpu_offload
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -17,6 +17,7 @@ from PIL import Image
 from mm_lightning.config import register_resolvers
 from mm_lightning.encoders.detector import load_detector
 from mm_lightning.encoders.photos import crop_face, find_faces, load_photo, read_references
+from mm_lightning.generate import enable_tiling
 from mm_lightning.pipeline import MagicMirrorPipeline
 from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
@@ -226,13 +227,25 @@ def test_tiling_and_slicing_are_the_vaes(pipe, plain):
     try:
         for vae in (pipe.vae, plain.vae):
             vae.enable_slicing()
-            vae.enable_tiling()
+            enable_tiling(vae)
         ours = generate(pipe, prompts, face_scale=0, **options)
+        assert ours.shape[2:4] == (32, 32)
         assert np.array_equal(ours, generate(plain, prompts, max_sequence_length=32, **options))
+        pipe.vae.enable_tiling(tile_overlap_factor_height=1 / 6, tile_overlap_factor_width=1 / 5)
+        with pytest.raises(ValueError, match=r"tiles make .* pixels of \(32, 32\): give `vae.enable_tiling` overlaps"):
+            generate(pipe, prompts, face_scale=0, **options)
     finally:
         for vae in (pipe.vae, plain.vae):
             vae.disable_slicing()
             vae.disable_tiling()
+
+
+def test_tiles_of_the_5b_are_diffusers_own():
+    """30 by 45 latents, whose overlaps are whole already."""
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1)
+    enable_tiling(vae)
+    assert (vae.tile_overlap_factor_height, vae.tile_overlap_factor_width) == (1 / 6, 1 / 5)
 
 
 def generate_tuple(pipe, identity):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ METHODS: dict[str, type[DiffusionPipeline]] = {
     "consisid": ConsisIDPipeline,
 }
 NOT_TAKEN = ("face_scale", "identity_guidance_scale", "face_index", "prompt")
-TRIGGER = " img"
+TRIGGER = re.compile(r"\s+img\b(?!-)", re.IGNORECASE)
 
 Condition = Callable[[Job, int, int], dict[str, Any]]
 
@@ -79,7 +80,7 @@ class Baseline(Generator):
         options |= {"num_frames": num_frames, "height": height, "width": width}
         options |= {"max_sequence_length": config.max_text_seq_length, "output_type": "np"}
         options |= {"generator": torch.Generator().manual_seed(job.seed), **self.condition(job, height, width)}
-        [frames] = self.pipeline(prompt=job.prompt.replace(TRIGGER, ""), **options).frames
+        [frames] = self.pipeline(prompt=TRIGGER.sub("", job.prompt), **options).frames
         return (np.asarray(frames)[-num_frames:] * 255).round().astype(np.uint8)
 
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from mm_lightning.evaluation.baselines import Baseline, first_frame, main
+from mm_lightning.evaluation.baselines import TRIGGER, Baseline, first_frame, main
 from mm_lightning.evaluation.clips import read_clip
 from mm_lightning.evaluation.manifest import read_manifest
 from mm_lightning.jobs import Job
@@ -96,6 +96,14 @@ def test_image_to_video_starts_from_the_photo(i2v_folder, jobs, tmp_path):
     assert read_clip(entry.video).frames.shape == (5, 32, 32, 3)
     record = json.loads(entry.video.with_suffix(".json").read_text())
     assert record["method"] == "cogvideox_i2v"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [("A woman IMG smiles", "A woman smiles"), ("A man img in an imgur office", "A man in an imgur office")],
+)
+def test_the_trigger_alone_is_left_out(prompt, plain):
+    assert TRIGGER.sub("", prompt) == plain
 
 
 def test_the_first_frame_is_the_middle_of_the_photo(tmp_path):
