@@ -175,7 +175,8 @@ def judge_all(judge: Judge, entries: Sequence[Entry], title: str) -> list[Judged
         try:
             judged.append(judge(entry))
         except ValueError as error:
-            failures.append(str(error))
+            told = str(error)
+            failures.append(told if str(entry.video) in told else f"{entry.video}: {told}")
     if failures:
         told = f"{len(failures)} of {len(entries)} videos cannot be judged; what was found in the others is kept."
         raise ValueError("\n  ".join([f"{told} Mend these, or take them out of the manifest:", *failures]))
@@ -268,15 +269,35 @@ def data_uri(file: Path) -> str:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+def check_options(cfg: DictConfig) -> None:
+    """
+    Raises:
+        ValueError: a folder or a threshold that is none, or a place where nothing can be written.
+    """
+    for name in ("out", "cache"):
+        if not isinstance(cfg[name], str):
+            raise ValueError(f"{name}={cfg[name]}: give a folder; one named 5 is ./5.")
+        check_writable(Path(cfg[name]))
+    if not isinstance(cfg.thresholds, Mapping):
+        raise ValueError(f"thresholds={cfg.thresholds}: give numbers by name, such as thresholds.min_motion=0.4.")
+    for name, value in cfg.thresholds.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"thresholds.{name}={value}: give a number.")
+
+
 def read_methods(videos: Mapping[str, str | None]) -> dict[str, list[Entry]]:
     """
     Raises:
-        ValueError: no videos were named.
+        ValueError: no videos were named, or what was given is no path.
         FileNotFoundError, ValueError: as `read_manifest`.
     """
-    given = {method: path for method, path in videos.items() if path}
+    given = {method: path for method, path in videos.items() if path} if isinstance(videos, Mapping) else {}
     if not given:
         raise ValueError("Nothing to judge: give +videos.NAME=FOLDER, the name as it shall stand in the table.")
+    for method, path in given.items():
+        if not isinstance(path, str):
+            told = "one folder or manifest as +videos.NAME=FOLDER, without a dot in NAME; a folder named 5 is ./5"
+            raise ValueError(f"videos.{method}={path}: give {told}.")
     return {method: read_manifest(path) for method, path in given.items()}
 
 
@@ -306,6 +327,7 @@ def judge_part(cfg: DictConfig) -> int:
     Raises:
         FileNotFoundError, ValueError: as `run` and `part_of`.
     """
+    check_options(cfg)
     entries = part_of(read_methods(cfg.videos), cfg.part, cfg.num_parts)
     judge = make_judge(cfg)
     return len(judge_all(judge, entries, f"part {cfg.part}"))
@@ -315,13 +337,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Judges all videos and writes results and report; the results.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_methods`, `read_cost`, `check_writable`, `FaceReader` and `Judge`.
+        FileNotFoundError, ValueError: as `check_options`, `read_methods`, `read_cost`, `FaceReader` and `Judge`.
     """
+    check_options(cfg)
     if cfg.num_parts != 1:
         raise ValueError(f"num_parts={cfg.num_parts} without a part: give part=0 and so on, or leave num_parts out.")
     methods = read_methods(cfg.videos)
     cost = None if cfg.cost is None else read_cost(Path(cfg.cost))
-    check_writable(Path(cfg.out))
     judge, rates = make_judge(cfg), SuccessRates(**cfg.thresholds)
     return Evaluation(judge, rates, describe(judge.reader, cfg.num_frames), cost).run(methods, Path(cfg.out))
 

@@ -48,19 +48,22 @@ def load_photo(photo: Photo) -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: no such file.
-        PhotoError: the file is no picture, its pixels are floating point, or the array no RGB bytes.
+        PhotoError: the file is no picture, damaged or too large, its pixels are floating point, or the array no RGB
+            bytes.
     """
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[-1] != 3:
             raise PhotoError(f"A photo as array is RGB uint8 (H, W, 3), got {photo.dtype} {photo.shape}.")
         return photo
+    name = "The photo" if isinstance(photo, Image.Image) else os.fspath(photo)
     try:
         with nullcontext(photo) if isinstance(photo, Image.Image) else Image.open(photo) as picture:
             return np.array(to_rgb8(picture))  # Pillow's own cannot be written to
     except FileNotFoundError:
-        raise FileNotFoundError(f"No photo at {os.fspath(photo)}.") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        name = "The photo" if isinstance(photo, Image.Image) else os.fspath(photo)
+        raise FileNotFoundError(f"No photo at {name}.") from None
+    except Image.DecompressionBombError as error:
+        raise PhotoError(f"{name} is too large: reduce it to {Image.MAX_IMAGE_PIXELS} pixels or fewer.") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError) as error:  # decoders raise any
         raise PhotoError(f"{name} cannot be read as a picture ({error}): give a JPEG or PNG.") from error
 
 

@@ -29,6 +29,11 @@ from mm_lightning.files import write_json, write_text
 
 RESULTS = "evaluation/results.json"  # in a run's folder
 METHOD = "ours"  # in the commands that are proposed
+NEEDED = (  # settings that a row and its commands are made of
+    "seed", "paths.run_dir", "data._target_", "model.base", "model.vision", "model.init_adapter",
+    "model.fusion._target_", "model.adapter.face_attention", "model.adapter.face_norm",
+    "model.adapter.conditioned_norm", "model.loss.identity._target_", "model.loss.diffusion.region._target_",
+)  # fmt: skip
 OF_ONE_SEED = re.compile(r"(^|\.)(seed|init_adapter)$")  # settings in which seeds of one row may differ
 
 
@@ -123,8 +128,22 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """{"model.adapter.face_norm": "adaptive", ...}"""
-    return yaml.safe_load((run / "tensorboard/hparams.yaml").read_text())
+    """{"model.adapter.face_norm": "adaptive", ...}
+
+    Raises:
+        ValueError: the run's file is no YAML, or lacks settings that are needed.
+    """
+    mend = "It was cut short or is of another version: train the run again, or take its folder away."
+    try:
+        settings = yaml.safe_load((run / "tensorboard/hparams.yaml").read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{run}: tensorboard/hparams.yaml cannot be read ({told}). {mend}") from error
+    found = settings if isinstance(settings, dict) else {}
+    missing = [name for name in NEEDED if found.get(name) is None]
+    if missing:
+        raise ValueError(f"{run}: tensorboard/hparams.yaml has no {', '.join(missing)}. {mend}")
+    return found
 
 
 def trained_parts(settings: Mapping[str, Any]) -> Trained:
@@ -212,7 +231,9 @@ def read_figures(file: Path, method: str | None = None) -> dict[str, float]:
         methods = json.loads(file.read_text())["methods"]
         means = {name: {key: found["mean"] for key, found in figures.items()} for name, figures in methods.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not what `python -m mm_lightning.evaluate` writes ({error!r}).") from error
+        raise ValueError(
+            f"{file} is not what `python -m mm_lightning.evaluate` writes ({type(error).__name__}: {error})."
+        ) from error
     if method is None and len(means) == 1:
         [method] = means
     if method not in means:
@@ -360,7 +381,7 @@ def gather(folders: Sequence[Path], results: str, method: str | None) -> list[Ru
     """Every run that is a row.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_runs` and `read_figures`; no run is a row.
+        FileNotFoundError, ValueError: as `find_runs`, `read_settings` and `read_figures`; no run is a row.
     """
     runs = []
     for folder in find_runs(folders):

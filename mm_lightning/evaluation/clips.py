@@ -23,7 +23,7 @@ class Clip(NamedTuple):
 
 
 def read_clip(file: Path) -> Clip:
-    """All frames of an mp4, webm, GIF or whatever FFmpeg reads; of a picture, one.
+    """All frames of an mp4, webm, GIF or whatever FFmpeg reads, upright as players show them; of a picture, one.
 
     Raises:
         ValueError: nothing in it can be decoded.
@@ -33,13 +33,18 @@ def read_clip(file: Path) -> Clip:
     try:
         with av.open(str(file), metadata_errors="replace") as container:
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            frames = [upright(frame) for frame in container.decode(stream)]
             rate = stream.average_rate or stream.guessed_rate
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{file} cannot be decoded as a video ({error}).") from error
     if not frames:
         raise ValueError(f"{file} has no frames.")
     return Clip(np.stack(frames), float(rate) if rate else None)
+
+
+def upright(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB, turned by the quarter turns that the file asks for."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
 
 
 def thumbnail(picture: NDArray[np.uint8], height: int) -> Image.Image:

@@ -50,7 +50,7 @@ def read_cost(file: Path) -> Cost:
         cost = Cost(str(read["machine"]), dict(read["settings"]), tuple(CostRow(**row) for row in read["rows"]))
         usable = bool(cost.rows) and all(math.isfinite(row.seconds) and row.seconds > 0 for row in cost.rows)
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"cost={file} is not what {command} writes ({error!r}).") from error
+        raise ValueError(f"cost={file} is not what {command} writes ({type(error).__name__}: {error}).") from error
     if not usable:
         raise ValueError(f"cost={file} has no rows, or one that took no time: {command} writes it anew.")
     return cost

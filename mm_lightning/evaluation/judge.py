@@ -31,7 +31,7 @@ from mm_lightning.metrics.text_alignment import TextAlignment
 from mm_lightning.types import ReferenceFaces, VideoFaces
 
 FRAMES_SHOWN, THUMBNAIL_HEIGHT = 6, 160
-FORMAT = 3  # raise it when the same video would be judged otherwise
+FORMAT = 4  # raise it when the same video would be judged otherwise
 
 
 class Judged(NamedTuple):
@@ -66,8 +66,10 @@ class Judge:
         video_metrics: Mapping[str, Metric] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        if num_frames < 2:
-            raise ValueError(f"num_frames={num_frames}: give at least 2, the paper takes {NUM_FACIAL_FRAMES}.")
+        if not isinstance(num_frames, int) or num_frames < 2:
+            raise ValueError(
+                f"num_frames={num_frames}: give a whole number, at least 2; the paper takes {NUM_FACIAL_FRAMES}."
+            )
         self.reader, self.cache, self.num_frames = reader, cache, num_frames
         given = dict(video_metrics or {})
         self.set_metrics = {name: metric for name, metric in given.items() if isinstance(metric, InceptionScore)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from mm_lightning.config import short_errors
 from mm_lightning.evaluation.vbench import NEUTRAL, Prompt, read_prompts
-from mm_lightning.files import write_json
+from mm_lightning.files import check_writable, write_json
 
 logger = logging.getLogger("mm_lightning.evaluation.protocol")
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "evaluate"
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp")
 TRIGGER = "img"
+NAME_LENGTH = 60  # of a person in a job's name; with number, kind, any seed and -face it fits the 100 of `jobs.NAME`
+BRACES = re.compile(r"\{\{|\}\}|\{person\}|[{}]")
 
 
 class Identity(NamedTuple):
@@ -38,7 +41,7 @@ class Identity(NamedTuple):
 
 
 def find_people(folder: Path, groups: Sequence[str]) -> list[Identity]:
-    """Everybody in GROUP/NAME/, in order of names.
+    """Everybody in GROUP/NAME/, in order of names; who has no photos is left out, with a warning.
 
     Raises:
         FileNotFoundError: no such folder, or nobody in it.
@@ -46,18 +49,26 @@ def find_people(folder: Path, groups: Sequence[str]) -> list[Identity]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"people={folder} is no folder; it holds GROUP/NAME/*.jpg, groups {', '.join(groups)}.")
-    unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in groups)
+    unknown = [path.name for path in visible(folder) if path.is_dir() and path.name not in groups]
     if unknown:
         raise ValueError(f"{folder} has groups without prompts: {', '.join(unknown)}; there are {', '.join(groups)}.")
     people = []
     for group in groups:
-        for person in sorted((folder / group).glob("*/")):
-            photos = tuple(sorted(file for file in person.iterdir() if file.suffix.lower() in PHOTOS))
+        for person in (path for path in visible(folder / group) if path.is_dir()):
+            photos = tuple(file for file in visible(person) if file.suffix.lower() in PHOTOS)
             if photos:
                 people.append(Identity(f"{group}/{person.name}", group, photos))
+            else:
+                logger.warning("%s is left out: it holds no photo, which ends in %s.", person, ", ".join(PHOTOS))
     if not people:
         raise FileNotFoundError(f"{folder} holds nobody: put photos into GROUP/NAME/, groups {', '.join(groups)}.")
     return people
+
+
+def visible(folder: Path) -> list[Path]:
+    """In order of names, without what macOS and others hide there; [] where there is no folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if not path.name.startswith((".", "__MACOSX")))
 
 
 def plan(
@@ -75,8 +86,9 @@ def plan(
         vbench: prompts whose word for the person says whom they suit; those that suit nobody are left out.
 
     Raises:
-        ValueError: fewer prompts than asked for.
+        ValueError: fewer prompts than asked for, or as `check_prompts`.
     """
+    check_prompts({"single": single, "action": action} | {f"groups.{name}": given for name, given in groups.items()})
     chosen = []
     for person in people:
         if len(groups[person.group]) < prompts_per_person:
@@ -88,6 +100,24 @@ def plan(
         chosen += [(person, prompt, kind) for prompt, person in zip(prompts, itertools.cycle(people), strict=False)]
     chosen += assign(vbench, people)
     return [make_job(i, *shot, seed) for i, shot in enumerate(chosen) for seed in seeds]
+
+
+def check_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
+    """
+    Args:
+        prompts: by the setting that has them.
+
+    Raises:
+        ValueError: no list of texts, or one that `fill` cannot fill.
+    """
+    for name, templates in prompts.items():
+        if isinstance(templates, str) or not isinstance(templates, Sequence):
+            raise ValueError(f"{name}={templates}: give a list of prompts.")
+        for template in templates:
+            found = [brace for brace in BRACES.findall(str(template)) if brace not in ("{{", "}}")]
+            if found != ["{person}"] or not isinstance(template, str):
+                told = "write {person} once, where the person stands, and other braces doubled, {{ and }}"
+                raise ValueError(f"{name}: the prompt {template!r}: {told}.")
 
 
 def assign(prompts: Sequence[Prompt], people: Sequence[Identity]) -> list[tuple[Identity, str, str]]:
@@ -120,17 +150,44 @@ def with_close_ups(jobs: Sequence[dict[str, Any]], phrase: str) -> list[dict[str
 
 def make_job(number: int, person: Identity, prompt: str, kind: str, seed: int) -> dict[str, Any]:
     """As `mm_lightning.generate --jobs` reads it."""
-    name = f"{number:03d}-{kind}-{person.name.replace('/', '-').replace(' ', '_')}-{seed}"
+    name = f"{number:03d}-{kind}-{file_name(person.name)}-{seed}"
     job = {"name": name, "prompt": fill(prompt, person.group), "seed": seed}
     photos = [photo.absolute().as_posix() for photo in person.photos]
     return job | {"photos": photos, "identity": person.name, "group": person.group}
 
 
+def file_name(person: str) -> str:
+    """man/O'Brien, Pat -> man-O_Brien_Pat"""
+    plain = unicodedata.normalize("NFC", person).replace("/", "-")
+    return re.sub(r"[^\w.-]+", "_", plain)[:NAME_LENGTH]
+
+
+def check_options(cfg: DictConfig) -> None:
+    """
+    Raises:
+        ValueError: `out` is no file that can be written, a number is no whole one from 0, or `seeds` no list of such.
+    """
+    if not isinstance(cfg.out, str) or Path(cfg.out).is_dir():
+        raise ValueError(f"out={cfg.out}: give a file to write, such as jobs.json.")
+    check_writable(Path(cfg.out).parent)
+    for name in ("prompts_per_person", "num_single", "num_action"):
+        if not is_count(cfg[name]):
+            raise ValueError(f"{name}={cfg[name]}: give a whole number from 0.")
+    seeds = cfg.seeds if isinstance(cfg.seeds, Sequence) else ()
+    if not seeds or not all(map(is_count, seeds)) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={cfg.seeds}: give a list of different whole numbers from 0, such as [0,1].")
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="protocol")
 def main(cfg: DictConfig) -> None:
     with short_errors():
-        if OmegaConf.is_missing(cfg, "people"):
+        if OmegaConf.is_missing(cfg, "people") or not isinstance(cfg.people, str):
             raise ValueError("Give people=FOLDER, with GROUP/NAME/*.jpg inside.")
+        check_options(cfg)
         people = find_people(Path(cfg.people), list(cfg.groups))
         prompts = (cfg.single[: cfg.num_single], cfg.action[: cfg.num_action])
         vbench = [] if cfg.vbench is None else read_prompts(Path(cfg.vbench), cfg.vbench_dimensions)

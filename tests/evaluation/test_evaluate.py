@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import av
+import cv2
 import numpy as np
 import onnx
 import onnx.parser
@@ -24,9 +25,10 @@ from mm_lightning.config import UserError, short_errors
 from mm_lightning.encoders.reader import FaceReader
 from mm_lightning.evaluate import judge_part, part_of, run
 from mm_lightning.evaluation.clips import read_clip
-from mm_lightning.evaluation.cost import Cost, CostRow, write_cost
+from mm_lightning.evaluation.cost import Cost, CostRow, read_cost, write_cost
 from mm_lightning.evaluation.judge import Judge
 from mm_lightning.evaluation.manifest import read_manifest
+from mm_lightning.evaluation.report import Axes, mean_curve
 from mm_lightning.media import encode_gif, write_mp4
 from mm_lightning.prepare.samples import packaged_file
 from tests.conftest import ROOT
@@ -214,6 +216,7 @@ def test_a_video_that_two_parts_judge_at_once_is_kept_once_and_whole(videos, tmp
         (["part=-1", "num_parts=4"], "part=-1 of num_parts=4"),
         (["part=a", "num_parts=4"], "part=a of num_parts=4"),
         (["part=0", "num_parts=0"], "part=0 of num_parts=0"),
+        (["part=0", f"cache={__file__}"], "test_evaluate.py is a file"),
     ],
 )
 def test_parts_that_there_are_not(videos, tmp_path, arguments, message):
@@ -332,6 +335,12 @@ def test_a_file_that_holds_no_costs(videos, tmp_path, content):
         run_here(f"+videos.a={videos}", f"cost={tmp_path}/cost.json", f"out={tmp_path}/o", "detector=absent")
 
 
+def test_a_video_given_as_cost_is_not_printed(videos):
+    with pytest.raises(ValueError, match=r"own\.mp4 is not what .* writes \(UnicodeDecodeError: ") as caught:
+        read_cost(videos / "own.mp4")
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -343,11 +352,25 @@ def test_a_file_that_holds_no_costs(videos, tmp_path, content):
         (["+videos.ours={videos}", "cost=/nowhere.json"], "cost=/nowhere.json is not there"),
         (["+videos.ours={videos}", f"out={__file__}"], "test_evaluate.py is a file"),
         (["+videos.ours={videos}", "device=cudo"], "device=cudo: torch has none here"),
-        (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give at least 2"),
+        (["+videos.ours={videos}", "num_frames=1"], "num_frames=1: give a whole number, at least 2"),
+        (["+videos.ours={videos}", "num_frames=abc"], "num_frames=abc: give a whole number, at least 2"),
+        (["+videos.ours={videos}", "num_frames=5.5"], "num_frames=5.5: give a whole number, at least 2"),
+        (["+videos.consisid.v2={videos}"], "videos.consisid={{'v2': '{videos}'}}: give one folder or manifest"),
+        (
+            ["+videos.a=[x]"],
+            "videos.a=['x']: give one folder or manifest as +videos.NAME=FOLDER, without a dot in NAME",
+        ),
+        (["+videos.a=5"], "videos.a=5: give one folder or manifest"),
+        (["videos=abc"], "Nothing to judge: give +videos.NAME=FOLDER"),
+        (["+videos.ours={videos}", "out=null"], "out=None: give a folder"),
+        (["+videos.ours={videos}", "cache=5"], "cache=5: give a folder"),
+        (["+videos.ours={videos}", f"cache={__file__}"], "test_evaluate.py is a file"),
+        (["+videos.ours={videos}", "thresholds.min_motion=abc"], "thresholds.min_motion=abc: give a number"),
+        (["+videos.ours={videos}", "thresholds=null"], "thresholds=None: give numbers by name"),
     ],
 )
 def test_mistakes(videos, tmp_path, arguments, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.format(videos=videos))):
         run_here(f"out={tmp_path}/o", *(text.format(videos=videos) for text in arguments))
     assert not (tmp_path / "o").exists()
 
@@ -381,6 +404,49 @@ def test_all_that_cannot_be_judged_is_named_and_the_others_are_kept(videos, tmp_
     with pytest.raises(ValueError, match=r"(?s)2 of 7 videos cannot"):  # of all methods
         run_here(f"+videos.ours={tmp_path}", f"+videos.real={videos}", f"out={tmp_path}/o", f"cache={tmp_path}/cache")
     assert len(list((tmp_path / "cache").glob("*/values.json"))) == 5
+
+
+def test_a_video_too_small_for_a_metric_is_named(frames, videos, tmp_path):
+    (tmp_path / "her.png").write_bytes((videos / "her.png").read_bytes())
+    write_mp4(tmp_path / "tiny.mp4", frames[:4, :8, :8], 25)
+    (tmp_path / "manifest.json").write_text('[{"video": "tiny.mp4", "prompt": "A", "references": ["her.png"]}]')
+    with pytest.raises(ValueError, match=r"/tiny\.mp4: Optical flow needs frames of 16 pixels"):
+        run_here(f"+videos.ours={tmp_path}", f"out={tmp_path}/o", DLIB)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_a_video_that_is_to_be_turned_is_read_as_opencv_reads_it(frames, tmp_path, degrees):
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, _ = frames[0].shape
+        stream.set_display_rotation(degrees)
+        for frame in frames[:3]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    is_read, first = cv2.VideoCapture(str(tmp_path / "phone.mp4")).read()
+    assert is_read
+    read = read_clip(tmp_path / "phone.mp4").frames
+    assert len(read) == 3
+    assert np.array_equal(read[0], first[..., ::-1])
+
+
+def test_the_mean_curve_of_long_and_short_clips_is_level_where_they_are():
+    assert mean_curve([[0.95] * 17, [0.85] * 5]) == pytest.approx([0.9] * 17)
+    assert mean_curve([[0.0, 0.5, 1.0], [0.0, 1.0]]) == [0.0, 0.5, 1.0]
+    assert mean_curve([[0.2, 0.4, 0.6], [0.8]]) == pytest.approx([0.5, 0.6, 0.7])
+    assert mean_curve([[0.1, None, 0.3], [0.1, None, 0.5]]) == [0.1, None, 0.4]
+    assert mean_curve([[None] * 4, [None]]) == [None] * 4
+    assert mean_curve([]) == []
+    sevenths = [1.0, None] * 4  # no known frame is lost by rounding
+    assert mean_curve([[None] * 15, sevenths]) == [1.0, None, None, None] * 3 + [1.0, None, None]
+
+
+@pytest.mark.parametrize("limits", [(0.9885, 0.9915), (0.0, 1.0), (0.41, 0.4101), (-0.2, 3.0)])
+def test_ticks_can_be_told_apart(limits):
+    drawn = Axes(limits, limits).draw([], "", "")
+    for anchor in ("end", "middle"):
+        ticks = re.findall(rf'text-anchor="{anchor}">([-\d.]+)<', drawn)
+        assert len(set(ticks)) == len(ticks) == 5
 
 
 def test_a_video_that_cannot_be_decoded_is_named(videos, tmp_path):

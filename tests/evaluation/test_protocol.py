@@ -4,15 +4,17 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from mm_lightning.encoders.text import IDENTITY_ADJECTIVES, IDENTITY_NOUNS, IdentityTokenizer
-from mm_lightning.evaluation.protocol import find_people, plan
+from mm_lightning.evaluation.protocol import check_options, find_people, plan, with_close_ups
 from mm_lightning.evaluation.vbench import Prompt, read_prompts
-from mm_lightning.jobs import Job, read_jobs
+from mm_lightning.jobs import Job, name_jobs, read_jobs
 from tests.conftest import ROOT
 
 
@@ -65,6 +67,34 @@ def test_the_command_writes_what_generate_reads(people, vbench, tmp_path):
     assert len({job.name for job in jobs}) == len(jobs)
     assert jobs[0].photos == (str(people / "man/abel/1.jpg"),)
     assert jobs[0].identity == json.loads((tmp_path / "jobs.json").read_text())[0]["identity"] == "man/abel"
+
+
+def test_any_folder_makes_names_that_generate_takes(cfg, tmp_path):
+    names = ("O'Brien, Pat", unicodedata.normalize("NFD", "Zoé"), "a" * 200, "a" * 200 + "b")
+    for name in names:
+        (tmp_path / "man" / name).mkdir(parents=True)
+        (tmp_path / "man" / name / "1.jpg").touch()
+    jobs = plan(find_people(tmp_path, ["man"]), cfg.groups, 1, cfg.single, [], [0, 2**63 - 1])
+    jobs = with_close_ups(jobs, cfg.face_phrase)
+    assert len(name_jobs([Job("", (), name=job["name"]) for job in jobs], 1)) == len(jobs) == 4 * (4 + 40)
+    made = {job["identity"]: job["name"] for job in jobs if "-group-" in job["name"] and job["seed"] == 0}
+    assert made[f"man/{names[0]}"] == "000-group-man-O_Brien_Pat-0-face"
+    assert made[f"man/{names[1]}"] == "001-group-man-Zoé-0-face"
+
+
+def test_who_has_no_photo_is_told_and_what_systems_hide_is_nobody(people, caplog):
+    for name in ("__MACOSX/man", ".git", "man/__MACOSX", "man/.abel", "man/heic"):
+        (people / name).mkdir(parents=True)
+    (people / "man/heic/1.heic").touch()
+    (people / "man/abel/._1.jpg").touch()
+    found = find_people(people, ["man", "woman", "elderly woman"])
+    assert [(person.name, len(person.photos)) for person in found] == [
+        ("man/abel", 1),
+        ("man/adam", 1),
+        ("elderly woman/eve", 1),
+    ]
+    (told,) = caplog.messages
+    assert f"{people}/man/heic is left out: it holds no photo, which ends in .jpg, .jpeg, .png, .webp" in told
 
 
 # VBench
@@ -160,3 +190,53 @@ def test_mistakes(cfg, people, tmp_path):
     (people / "robot").rmdir()
     with pytest.raises(ValueError, match="prompts_per_person=5, man has 4"):
         plan(find_people(people, groups), cfg.groups, 5, [], [], [0])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("seeds=3", "seeds=3: give a list of different whole numbers from 0, such as [0,1]"),
+        ("seeds=[0,a]", "seeds=[0, 'a']: give a list"),
+        ("seeds=[1,1]", "seeds=[1, 1]: give a list"),
+        ("seeds=[-1]", "seeds=[-1]: give a list"),
+        ("num_single=abc", "num_single=abc: give a whole number from 0"),
+        ("num_action=-1", "num_action=-1: give a whole number from 0"),
+        ("prompts_per_person=1.5", "prompts_per_person=1.5: give a whole number from 0"),
+        ("out={folder}", "out={folder}: give a file to write"),
+        ("out=null", "out=None: give a file to write"),
+        ("out={folder}/man/abel/1.jpg/jobs.json", "1.jpg is a file"),
+    ],
+)
+def test_options_that_are_none(people, option, message):
+    with initialize_config_dir(str(ROOT / "conf/evaluate"), version_base="1.3"):
+        cfg = compose("protocol", overrides=[option.format(folder=people)])
+    with pytest.raises(ValueError, match=re.escape(message.format(folder=people))):
+        check_options(cfg)
+
+
+@pytest.mark.parametrize("prompt", ["A person smiles", "A {person} {smiles}", "A {person} {", "{person}, {person}", 5])
+def test_prompts_name_the_person_once(cfg, people, prompt):
+    found = find_people(people, list(cfg.groups))
+    given = {"groups": cfg.groups, "single": [], "action": []}
+    for setting, changed in (
+        ("single", {"single": OmegaConf.create([prompt])}),
+        ("action", {"action": [prompt]}),
+        ("groups.man", {"groups": {**cfg.groups, "man": [prompt]}}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{setting}: the prompt {prompt!r}: write {{person}} once")):
+            plan(found, **(given | changed), prompts_per_person=1, seeds=[0])
+    with pytest.raises(ValueError, match=r"single=A \{person\}: give a list of prompts"):
+        plan(found, cfg.groups, 1, "A {person}", [], [0])
+
+
+def test_doubled_braces_are_single_ones_in_the_prompt(cfg, people):
+    jobs = plan(find_people(people, list(cfg.groups)), cfg.groups, 0, ["A {person} says {{hello}}"], [], [0])
+    assert [job["prompt"] for job in jobs] == ["A man img says {hello}"]
+
+
+def test_an_option_that_is_none_is_one_line(people, tmp_path):
+    command = [sys.executable, "-m", "mm_lightning.evaluation.protocol", f"people={people}", "seeds=3"]
+    done = subprocess.run([*command, f"out={tmp_path}/jobs.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "seeds=3: give a list" in done.stderr
+    assert "Traceback" not in done.stderr
