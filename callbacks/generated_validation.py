@@ -158,15 +158,17 @@ class GeneratedValidation(EveryNSteps):
             logger.warning("No validation sample has a reference with a face: callbacks.generated shows nothing.")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_folder": str(self.best_folder)}
+        folder = None if self.best_folder is None else str(self.best_folder.absolute())
+        return {"best": self.best, "best_folder": folder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self.former_folder = Path(state_dict.get("best_folder", self.best_folder))
+        folder = state_dict.get("best_folder")  # absent from checkpoints of earlier versions
+        self.former_folder = self.best_folder if folder is None else Path(folder)
 
     def bring_best(self, trainer: Trainer) -> None:
         """A resumed run has a folder of its own; the best adapter comes along, or, where it is gone, is chosen anew."""
-        if self.best is None or self.best_folder in (None, self.former_folder):
+        if self.best is None or self.best_folder is None or self.best_folder.resolve() == self.former_folder.resolve():
             return
         if not trainer.strategy.broadcast(self.former_folder.is_dir()):
             logger.warning("The best adapter at %s is gone: it is chosen anew.", self.former_folder)

@@ -101,12 +101,13 @@ def local_signing() -> Signing:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / PACKAGE / "signing"
     key_file, certificates_file = folder / "key.pem", folder / "certificates.pem"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # parts that start together would mix two pairs
-        if not (key_file.is_file() and certificates_file.is_file()):
-            signing = make_certificates()
-            write_private(key_file, signing.key)
-            write_private(certificates_file, signing.certificates)
+    if not certificates_file.is_file():  # they are written last
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # parts that start together would mix two pairs
+            if not certificates_file.is_file():
+                signing = make_certificates()
+                write_private(key_file, signing.key)
+                write_private(certificates_file, signing.certificates)
     return Signing(certificates_file.read_bytes(), key_file.read_bytes())
 
 

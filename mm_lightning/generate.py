@@ -50,10 +50,12 @@ logger = logging.getLogger(__name__)
 
 MINIATURE = Path(__file__).parent / "miniature/assets"
 SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
 OFFLOADS = {"none": None, "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 PACKAGES = ("magicmirror-lightning", "torch", "diffusers", "transformers")
 FRAMES_SHOWN, SHEET_HEIGHT = 6, 192
 MANIFEST = "manifest.json"
+OPTIONAL = ("tiling", "signed")  # of a record
 FPS, SLOWEST, FASTEST = 8.0, 0.1, 240.0
 
 
@@ -168,7 +170,9 @@ class Generator:
         if not job.face_enhanced:
             del settings["face_enhanced"]  # so that records without it still say the same
         record = {"job": settings, "fps": self.fps, "scheduler": type(self.pipeline.scheduler).__name__}
-        record |= {"tiling": self.pipeline.vae.use_tiling, "signed": self.signing is not None}
+        # Written only where they differ from the default, so that records without them still say the same.
+        record |= {"tiling": True} if self.pipeline.vae.use_tiling else {}
+        record |= {"signed": False} if self.signing is None else {}
         return record | {"generated": DISCLOSURE, **self.made_with}
 
 
@@ -224,7 +228,8 @@ def same_making(file: Path, record: dict[str, Any]) -> bool:
     stored = read_record(file)
     if stored is None:
         return False
-    return all(stored.get(name) == value for name, value in json.loads(json.dumps(record)).items())
+    told = json.loads(json.dumps(record))
+    return all(stored.get(name) == told.get(name) for name in (*told, *OPTIONAL))
 
 
 def square(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -293,7 +298,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     """What `run_as` reads."""
     add = parser.add_argument
     add("--device", default="auto", help="such as cuda:1; by default a GPU where there is one")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--dtype", default="auto", choices=DTYPES)
     add("--offload", default="none", choices=list(OFFLOADS))
     add("--tiling", action="store_true", help="the VAE decodes in tiles: less memory")
     add("--scheduler", choices=list(SCHEDULERS), help="the base model's by default")
@@ -325,13 +330,21 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def follow_record(options: argparse.Namespace) -> None:
-    """Of a job that a former run recorded, what was not asked for is as it was then."""
+    """Of a job that a former run recorded, what was not asked for is as it was then.
+
+    Raises:
+        ValueError: the record has something else there than a run writes.
+    """
     record = (read_record(options.jobs) if options.jobs is not None else None) or {}
-    options.fps = record.get("fps", FPS) if options.fps is None else options.fps
     names = {scheduler.__name__: name for name, scheduler in SCHEDULERS.items()}
+    told = {"fps": record.get("fps", FPS), "dtype": record.get("dtype", "auto")}
+    if not isinstance(told["fps"], int | float) or told["dtype"] not in DTYPES:
+        raise ValueError(f"{options.jobs}: fps={told['fps']!r}, dtype={told['dtype']!r} was written by no run.")
+    options.fps = told["fps"] if options.fps is None else options.fps
+    options.dtype = told["dtype"] if options.dtype == "auto" else options.dtype
     options.scheduler = options.scheduler or names.get(record.get("scheduler"))
-    options.dtype = record.get("dtype", "auto") if options.dtype == "auto" else options.dtype
-    options.tiling = options.tiling or record.get("tiling", False)
+    options.tiling = options.tiling or record.get("tiling") is True
+    options.unsigned = options.unsigned or record.get("signed") is False
 
 
 def default_guidance(base: str | None) -> Guidance:

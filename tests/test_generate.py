@@ -250,6 +250,10 @@ def test_a_record_brings_back_what_is_no_field_of_a_job(run, tmp_path):
     assert (told["fps"], told["scheduler"], told["dtype"]) == (16, "CogVideoXDPMScheduler", "bfloat16")
     run("--jobs", str(record), photos=())
     assert (out / "she.mp4").stat().st_mtime_ns == made  # made in the same way: kept
+    unsigned = run("--prompt", "A woman img smiles", "--name", "unsigned", "--unsigned") / "unsigned.mp4"
+    made = unsigned.stat().st_mtime_ns
+    run("--jobs", str(out / "unsigned.json"), photos=())
+    assert unsigned.stat().st_mtime_ns == made
     run("--jobs", str(record), "--fps", "8", photos=())
     assert (json.loads(record.read_text())["fps"], json.loads(record.read_text())["dtype"]) == (8, "bfloat16")
 
@@ -284,13 +288,25 @@ def test_a_record_that_cannot_be_read_vouches_for_nothing(run, content):
     assert (out / "she.mp4").stat().st_mtime_ns > made
 
 
+@pytest.mark.parametrize("change", [{"fps": "8"}, {"dtype": "bf16"}])
+def test_a_record_that_no_run_wrote(run, nothing_loads, photo, tmp_path, change):
+    record = {"job": {"prompt": "A woman img smiles", "photos": [str(photo)]}}
+    (tmp_path / "she.json").write_text(json.dumps(record | change))
+    with pytest.raises(SystemExit, match="was written by no run"):
+        run("--jobs", str(tmp_path / "she.json"), photos=())
+
+
 def test_two_runs_at_once_lose_nothing(weights, photo, tmp_path):
     """Into the same folder, under the same names."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mm_lightning.generate", "--photos", str(photo), *FAST, *weights]
     command += ["--prompt", "A woman img smiles", "--num-videos", "12", "--out", str(out)]
     runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    ended = [(run.communicate(timeout=300)[1], run.returncode) for run in runs]
+    try:
+        ended = [(run.communicate(timeout=300)[1], run.returncode) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert [code for _, code in ended] == [0, 0], ended
     assert [read_mark(file).intact for file in out.glob("*.mp4")] == [True] * 12
     assert {file.suffix for file in out.iterdir()} == {".mp4", ".json", ".jpg", ".lock"}

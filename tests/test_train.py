@@ -227,9 +227,12 @@ def test_a_run_that_is_told_to_stop_does_not_look_finished(tiny_folder, sample_s
     overrides += ["trainer.max_steps=100000", "callbacks.adapter.every_n_steps=1", "callbacks.preview.every_n_steps=0"]
     command = [sys.executable, "train.py", "experiment=stage1_image", *overrides]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: list(tmp_path.glob("stage1_image/*/adapter/adapter.safetensors")))
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        try:
+            wait_for(lambda: list(tmp_path.glob("stage1_image/*/adapter/adapter.safetensors")))
+            process.terminate()
+            assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
     assert not (tmp_path / "stage1_image" / "latest").exists()
 
 

@@ -80,10 +80,12 @@ class EpochSums:
             self.sums[name] = self.sums.get(name, 0) + pair
 
     def means(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """As `means_of`, the same on every rank. All ranks call it.
+        """As `means_of`, the same on every rank; {} where nothing was added, on no rank then. All ranks call it.
 
         Args:
             reduce: adds tensors of all ranks, such as that of a strategy of Lightning.
         """
+        if not self.sums:
+            return {}
         pairs = reduce(torch.stack(list(self.sums.values())), reduce_op="sum")
         return means_of(dict(zip(self.sums, pairs, strict=True)))

@@ -231,10 +231,11 @@ class Preparation:
             "format": FORMAT,
             "stages": self.stages,
             "stage_versions": {name: getattr(stage, "version", 1) for name, stage in built.items()},
-            "models": {name: models_of(stage) for name, stage in built.items()},
             "seed": self.seed,
             "versions": library_versions(),
         }
+        if models := {name: found for name, stage in built.items() if (found := models_of(stage))}:
+            self.settings["models"] = models
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=False, default=str).encode()).hexdigest()[:12]
         self.folder = self.base / digest
         self.done = WorkFolder(self.folder)

@@ -2,7 +2,7 @@
 
 `ItemWorker` starts that process, hands it chunks and reads results item by item. When it dies, the item it was at is
 tried once more, alone in a fresh process; if that dies too the item is rejected, and the rest goes on. Where both died
-before they had read an item from the chunk, the chunk ends there.
+before they had read an item from a chunk of unknown length, the chunk ends there.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ class ItemWorker:
                     yield self.run_alone(chunk, start)
                 except Died as second:
                     yield second.result()
-                    if not (first.arrived or second.arrived):  # reading fails, and would from any later item on
+                    if not (first.arrived or second.arrived) and chunk.num_items is None:  # there may be no end
                         return
                 start += 1
 

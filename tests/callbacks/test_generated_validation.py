@@ -181,6 +181,9 @@ def test_the_best_comes_along_when_a_run_is_resumed(reader, train, tmp_path, cap
 
     assert resume(state).state_dict() == {"best": state["best"], "best_folder": str(tmp_path / "new")}
     assert (tmp_path / "new/adapter.safetensors").read_bytes() == b"weights"
+    same = resume(state | {"best_folder": str(tmp_path / "former/../new")})
+    assert same.best == state["best"]
+    assert GeneratedValidation(reader, 0).load_state_dict({"best": None}) is None  # of an earlier version, keeping none
     gone = resume(state | {"best_folder": str(tmp_path / "gone")})
     assert gone.best is None
     assert f"The best adapter at {tmp_path}/gone is gone" in caplog.text

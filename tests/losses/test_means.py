@@ -29,6 +29,10 @@ def test_stand_ins_do_not_count():
     nothing.backward()  # other processes wait for this one's gradients
 
 
+def test_nothing_added_is_nothing_said():
+    assert EpochSums().means(lambda tensor, reduce_op: tensor) == {}
+
+
 def test_all_real_is_the_plain_mean_to_the_last_bit():
     values = torch.rand(64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(weighted_mean(values, torch.ones(64)), values.mean())
