@@ -312,6 +312,13 @@ class Backbone(nn.Module):
         """ValueError unless both are multiples of a patch of the transformer, in pixels."""
         check_size(height, width, self.vae_scale_factor_spatial * self.transformer_config.patch_size)
 
+    def check_clip(self, num_frames: int | None, height: int | None, width: int | None) -> None:
+        """ValueError unless a clip of that size can be generated; None is the base's own."""
+        config, ratio = self.transformer_config, self.vae_scale_factor_spatial
+        if num_frames is not None:
+            self.check_frames(num_frames)
+        self.check_size(height or config.sample_height * ratio, width or config.sample_width * ratio)
+
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the VAE's posterior, unscaled, in fp32: (B, F, 3, H, W) -> (B, F', 2C, h, w).

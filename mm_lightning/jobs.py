@@ -239,12 +239,9 @@ def check_shapes(jobs: Sequence[Job], backbone: Backbone) -> None:
     Raises:
         ValueError: frames or a size that the base does not take.
     """
-    ratio, config = backbone.vae_scale_factor_spatial, backbone.transformer_config
     for job in jobs:
         with named(job):
-            if job.num_frames is not None:
-                backbone.check_frames(job.num_frames)
-            backbone.check_size(job.height or config.sample_height * ratio, job.width or config.sample_width * ratio)
+            backbone.check_clip(job.num_frames, job.height, job.width)
 
 
 def check_prompts(jobs: Sequence[Job], tokenizer: IdentityTokenizer) -> None:

@@ -354,9 +354,7 @@ class MagicMirrorModule(LightningModule):
             ValueError: the base does not take the frames or the size, or nobody stands in a prompt.
         """
         backbone = Backbone.from_pretrained(self.base, components=())
-        config, ratio = backbone.transformer_config, backbone.vae_scale_factor_spatial
-        backbone.check_frames(num_frames)
-        backbone.check_size(height or config.sample_height * ratio, width or config.sample_width * ratio)
+        backbone.check_clip(num_frames, height, width)
         tokenizer = self.build_tokenizer(backbone)
         for prompt in prompts:
             tokenizer.tokenize(prompt)

@@ -56,12 +56,13 @@ def timestep_sums(
 
 def sum_where(values: Tensor, chosen: Tensor) -> Tensor:
     """(B,) with (B,) bool -> (2,)."""
-    return torch.stack([values[chosen].float().sum(), chosen.sum().float()])
+    return torch.stack([torch.where(chosen, values, 0.0).float().sum(), chosen.sum().float()])
 
 
 def means_of(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name -> scalar: means, and counts as they are; what applies to no sample is left out."""
-    known = {name: pair for name, pair in sums.items() if pair[1] > 0}
+    counts = torch.stack([pair[1] for pair in sums.values()]).tolist()  # the one wait for the device
+    known = {name: pair for (name, pair), count in zip(sums.items(), counts, strict=True) if count > 0}
     return {name: pair[0] if name.startswith(COUNT) else pair[0] / pair[1] for name, pair in known.items()}
 
 
